@@ -1,0 +1,169 @@
+"""`python -m ref`: check, look at and measure the models. Only the command line; each job has a file of its own."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from ref import Error, network
+from ref.options import named, options_of, run_command
+
+
+@click.group(no_args_is_help=True)
+def main():
+    """A reference implementation of sequence models: check another implementation against it, and look at it.
+
+    Example: python -m ref verify theirs.safetensors
+    """
+
+
+def _model_command(*args, **kwargs):
+    """A command whose further options are the fields of its model's Config"""
+
+    class ModelCommand(click.Command):
+        def get_params(self, context):
+            model = named(sys.argv, "--model")
+            model = model if model in network.MODELS else network.MODELS[0]
+            return super().get_params(context) + options_of(network.model_module(model).Config)
+
+    return main.command(*args, cls=ModelCommand, **kwargs)
+
+
+def _given(settings):
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+model_option = click.option(
+    "--model", type=click.Choice(network.MODELS), required=True, help="The model."
+)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--quiet", is_flag=True, help="Only tensors that fail, and the count.")
+def verify(files, quiet):
+    """Recompute case files in float64 and report each tensor: normalised error, what is allowed, the worst element.
+
+    Exit code 1 when any tensor of any file fails; the other files are checked all the same.
+
+    Example: python -m ref verify mine/*.safetensors
+    """
+    from ref import cases
+
+    failed = 0
+    for path in files:
+        try:
+            case = cases.read_case(path)
+            rows = cases.verify(case)
+        except Error as e:
+            failed += 1
+            print(f"{path}: FAILED\n    {e}")
+            continue
+        except MemoryError:
+            failed += 1
+            print(f"{path}: FAILED\n    out of memory: this case is too large for this machine.")
+            continue
+        wrong = sum(not row.ok for row in rows)
+        failed += wrong > 0
+        verdict = "FAILED" if wrong else "ok"
+        head = f"{case.model} {case.part}, {case.precision}: {len(rows) - wrong} of {len(rows)}"
+        print(f"{path}: {verdict}  ({head} tensors agree)")
+        for row in sorted(rows, key=lambda row: row.ok):
+            if not (quiet and row.ok):
+                print("    " + _line(row))
+    if len(files) > 1:
+        print(f"{len(files) - failed} of {len(files)} files agree")
+    return int(failed > 0)
+
+
+def _line(row):
+    if row.problem:
+        return f"FAIL  {row.tensor}: {row.problem}"
+    own = f", rounding alone {row.unavoidable:.1e}" if row.unavoidable else ""
+    error = f"{row.tensor}: error {row.error:.1e} (allowed {row.allowed:.1e}{own})"
+    at = f"worst at {list(row.index)}: {row.value:.9g}, expected {row.expected:.9g}"
+    return f"{'ok  ' if row.ok else 'FAIL'}  {error}; {at}"
+
+
+@_model_command()
+@model_option
+@click.option("--part", required=True, help="operator, mixer, block or network.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file.")
+@click.option("--precision", default="float64", help="float64, float32, float16 or bfloat16.")
+@click.option("--batch", "-B", default=2, help="Batch size.")
+@click.option("--length", "-L", default=24, help="Sequence length.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of inputs and parameters.")
+def case(model, part, output, precision, batch, length, seed, **settings):
+    """Write a case from the reference, for another implementation to be checked against.
+
+    Example: python -m ref case --model hope --part mixer --conv causal --d-model 8 -o case.safetensors
+    """
+    from ref import cases
+    from ref.backend import check_choice
+
+    check_choice("precision", precision, cases.PRECISIONS)
+    settings = {"d_model": 8, "d_state": 16} | _given(settings)
+    made = cases.make_case(model, part, settings, batch, length, precision, seed)
+    cases.write_case(output, made)
+    print(f"{output}: {model} {part}, {precision}, {len(made.tensors)} tensors")
+
+
+@main.command()
+@click.argument("models", nargs=-1, type=click.Choice(("nn", *network.MODELS)))
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of all arrays and directions.")
+def gradcheck(models, seed):
+    """Compare every gradient with the definition of a derivative, in float64. Without names: everything.
+
+    Example: python -m ref gradcheck nn hope
+    """
+    from ref import gradcheck
+
+    failed = checked = 0
+    for name in models or ("nn", *network.MODELS):
+        for label, errors in gradcheck.errors_of(name, seed):
+            worst = max(errors, key=errors.get)
+            ok = errors[worst] <= gradcheck.TOLERANCE
+            failed, checked = failed + (not ok), checked + len(errors)
+            print(f"{'ok  ' if ok else 'FAIL'}  {name} {label}: {errors[worst]:.1e} ({worst})")
+    print(f"{checked} gradients checked, tolerance {gradcheck.TOLERANCE:g}")
+    return int(failed > 0)
+
+
+@_model_command()
+@model_option
+@click.option("--length", "-L", default=1024, type=click.IntRange(1), help="Sequence length.")
+def info(model, length, **settings):
+    """Parameters, state, operations and bytes per token of a model's block.
+
+    Example: python -m ref info --model hope --conv causal --d-model 128
+    """
+    from ref import info
+
+    print(info.describe(model, _given(settings), length))
+
+
+@_model_command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--model", type=click.Choice(network.MODELS), help="A model at initialisation.")
+@click.option(
+    "--what", required=True, type=click.Choice(["curves", "kernel", "hankel", "matrix"]), help="."
+)
+@click.option("--length", "-L", default=256, type=click.IntRange(1), help="Sequence length.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of the initialisation.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="The PNG; WHAT.png, in RUN.")
+def plot(run, model, what, length, seed, output, **settings):
+    """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of a --model as initialised.
+
+    Example: python -m ref plot --model hope --what hankel
+    """
+    from ref import plots
+
+    if (run is None) == (model is None):
+        raise click.UsageError("give either the folder of a run or --model.")
+    output = output or (run or Path()) / f"{what}.png"
+    plots.draw(what, run, model, _given(settings), length, seed, output)
+    print(output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:], "python -m ref"))

@@ -1,0 +1,136 @@
+"""What blocks of several models share: the choice of a norm, the residual branch, the S4 family's GELU-GLU tail."""
+
+import math
+
+from ref import nn
+
+NORMS = ("layer", "rms", "batch")
+
+
+def norm_init(kind, D, xp, dtype):
+    """Parameters of the norm `kind`: norm_weight; norm_bias; for batch the running norm_mean and norm_var"""
+    params = {"norm_weight": xp.ones(D, dtype=dtype)}
+    if kind != "rms":
+        params["norm_bias"] = xp.zeros(D, dtype=dtype)
+    if kind == "batch":
+        params |= {"norm_mean": xp.zeros(D, dtype=dtype), "norm_var": xp.ones(D, dtype=dtype)}
+    return params
+
+
+def norm_forward(params, x, kind, training):
+    """x (..., D) -> y by the norm `kind`; batch statistics when training"""
+    if kind == "layer":
+        y, cache = nn.layer_norm_forward(x, params["norm_weight"], params["norm_bias"])
+    elif kind == "rms":
+        y, cache = nn.rms_norm_forward(x, params["norm_weight"])
+    else:
+        names = ("norm_weight", "norm_bias", "norm_mean", "norm_var")
+        y, cache = nn.batch_norm_forward(x, *(params[name] for name in names), training)
+    return y, (kind, cache)
+
+
+def norm_backward(dy, cache):
+    """dy (..., D) -> dx, grads"""
+    kind, cache = cache
+    backward = {
+        "layer": nn.layer_norm_backward,
+        "rms": nn.rms_norm_backward,
+        "batch": nn.batch_norm_backward,
+    }
+    dx, *grads = backward[kind](dy, cache)
+    return dx, dict(zip(("norm_weight", "norm_bias"), grads, strict=False))
+
+
+def norm_running(params, cache):
+    """The running moments after norm_forward's training batch, by name; none unless the norm is batch"""
+    kind, cache = cache
+    if kind != "batch":
+        return {}
+    mean, var = nn.batch_norm_running(params["norm_mean"], params["norm_var"], cache)
+    return {"norm_mean": mean, "norm_var": var}
+
+
+def gelu_glu_init(D, rng, dtype):
+    """W (2D, D), b (2D,), uniform in ±1/sqrt(D)"""
+    r = 1 / math.sqrt(D)
+    return {
+        "W": rng.uniform(-r, r, (2 * D, D)).astype(dtype),
+        "b": rng.uniform(-r, r, 2 * D).astype(dtype),
+    }
+
+
+def gelu_glu_forward(params, x, dropout, rng):
+    """x (B, L, D) -> y = GLU(W dropout(GELU(x)) + b), the dropout's mask shared over time"""
+    a, gelu = nn.gelu_forward(x)
+    a, drop = nn.dropout_forward(a, dropout, rng, tied=True)
+    a, linear = nn.linear_forward(a, params["W"], params["b"])
+    y, glu = nn.glu_forward(a)
+    return y, (gelu, drop, linear, glu)
+
+
+def gelu_glu_backward(dy, cache):
+    """dy (B, L, D) -> dx, grads"""
+    gelu, drop, linear, glu = cache
+    da = nn.glu_backward(dy, glu)
+    da, dW, db = nn.linear_backward(da, linear)
+    da = nn.dropout_backward(da, drop)
+    return nn.gelu_backward(da, gelu), {"W": dW, "b": db}
+
+
+def residual_forward(params, x, cfg, mixer_forward, rng):
+    """x (B, L, D) -> x + dropout(mixer(norm(x))), or norm(x + dropout(mixer(x))) where cfg.prenorm is false"""
+    training, norm = rng is not None, None
+    z = x
+    if cfg.prenorm:
+        z, norm = norm_forward(params, z, cfg.norm, training)
+    z, mixer = mixer_forward(params, z, cfg, rng)
+    z, drop = nn.dropout_forward(z, cfg.dropout, rng, tied=True)
+    y = x + z
+    if not cfg.prenorm:
+        y, norm = norm_forward(params, y, cfg.norm, training)
+    return y, (cfg.prenorm, norm, mixer, drop)
+
+
+def residual_backward(dy, cache, mixer_backward):
+    """dy (B, L, D) -> dx, grads"""
+    prenorm, norm, mixer, drop = cache
+    if not prenorm:
+        dy, norm_grads = norm_backward(dy, norm)
+    dz = nn.dropout_backward(dy, drop)
+    dz, grads = mixer_backward(dz, mixer)
+    if prenorm:
+        dz, norm_grads = norm_backward(dz, norm)
+    return dy + dz, grads | norm_grads
+
+
+def residual_running(params, cache):
+    """The running moments after residual_forward's training batch, by name"""
+    return norm_running(params, cache[1])
+
+
+# Published names that the family shares
+
+PUBLISHED_TAIL = {"W": "output_linear.0.weight", "b": "output_linear.0.bias"}
+PUBLISHED_NORM = {
+    "norm_weight": "weight",
+    "norm_bias": "bias",
+    "norm_mean": "running_mean",
+    "norm_var": "running_var",
+}
+
+
+def within(prefix, names):
+    """Our names -> the published ones below prefix"""
+    return {ours: prefix + theirs for ours, theirs in names.items()}
+
+
+def from_published(tensors, names):
+    """Published tensors -> params, by names {ours: theirs}; W is a Conv1d of width 1 there"""
+    params = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
+    return params | ({"W": params["W"][:, :, 0]} if "W" in params else {})
+
+
+def to_published(params, names):
+    """params (or their gradients) -> the published names and shapes"""
+    params = params | ({"W": params["W"][:, :, None]} if "W" in params else {})
+    return {theirs: params[ours] for ours, theirs in names.items() if ours in params}

@@ -1,0 +1,387 @@
+"""The case format `ssm-case-1`: write cases, read them, recompute them, and say where another implementation differs.
+
+A case is a safetensors file with inputs `in.*`, parameters `param.*` under their published names, upstream gradients
+`dout.*`, and what came of them: `out.*`, `grad.in.*`, `grad.param.*`. Recomputing reads the first three only.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+
+import ml_dtypes
+import numpy as np
+
+from ref import Error, files, network, nn
+
+FORMAT = "ssm-case-1"
+TOLERANCE = 1e-9  # of float64, where the case does not name its own
+PRECISIONS = {
+    "float64": np.dtype("float64"),
+    "float32": np.dtype("float32"),
+    "float16": np.dtype("float16"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+SOURCES = ("in.", "param.", "dout.")
+DRAWS = 8  # perturbed recomputations that measure what rounding alone does
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case file in memory."""
+
+    model: str
+    part: str
+    precision: str
+    settings: dict  # the metadata's "config"
+    tensors: dict  # name -> array, prefixes included
+    tolerance: dict = dataclasses.field(default_factory=dict)  # tensor name -> allowed error
+    source: str = "ref"
+
+    def of(self, prefix):
+        """The tensors whose names begin with prefix, without it"""
+        return {n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+
+def read_case(path):
+    """-> Case.   Error: missing, truncated, foreign, of an unknown format or model or precision"""
+    tensors, metadata = files.read_tensors(path)
+    try:
+        head = json.loads(metadata["case"])
+        tolerance = head.get("tolerance") or json.loads(metadata.get("tolerance", "{}"))
+        head = {name: head[name] for name in ("format", "model", "part", "precision", "config")}
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise Error(f"{path} is no case file: its metadata lack {e}.") from e
+    if head["format"] != FORMAT:
+        raise Error(f"{path} has the format {head['format']!r}; this program reads {FORMAT!r}.")
+    if head["precision"] not in PRECISIONS:
+        raise Error(f"{path}: precision {head['precision']!r}; known: {', '.join(PRECISIONS)}.")
+    known = ("in.", "out.", "param.", "dout.", "grad.in.", "grad.param.")
+    if strange := [name for name in tensors if not name.startswith(known)]:
+        raise Error(f"{path}: the name {strange[0]!r} is of no kind that the format has.")
+    return Case(head["model"], head["part"], head["precision"], head["config"], tensors, tolerance)
+
+
+def write_case(path, case):
+    """Write a Case as one safetensors file, atomically"""
+    head = {
+        "format": FORMAT,
+        "model": case.model,
+        "part": case.part,
+        "precision": case.precision,
+        "source": case.source,
+        "config": case.settings,
+    }
+    if case.tolerance:
+        head["tolerance"] = case.tolerance
+    files.write_tensors(path, case.tensors, {"case": json.dumps(head)})
+
+
+# Computing a part from published tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a model, in the form that cases need: published tensors in, published tensors out."""
+
+    model: str
+    part: str
+    cfg: object  # the model's Config; of a network, network.Config
+
+    def template(self):
+        """name -> array: the published tensors that the part has, from a fixed seed, none of them 0 or 1 throughout"""
+        rng = np.random.default_rng(0)
+        return self.init(rng)
+
+    def init(self, rng):
+        """Published tensors of a random part, float64; noise on top, so that no parameter is at a special value"""
+        if self.part == "network":
+            params = network.init(self.cfg, rng, "float64")
+        else:
+            params = getattr(self._module(), f"{self.part}_init")(self.cfg, rng, "float64")
+        params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+        return self._to_published(params)
+
+    def run(self, tensors, inputs, douts=None):
+        """-> {"out.*": ...}, with douts also {"grad.in.*", "grad.param.*"}.   No rng: no dropout, running moments"""
+        module, x = self._module(), inputs["x"]
+        if self.part == "network":
+            params = network.from_published(tensors, self.cfg)
+            y, cache = network.forward(params, x, self.cfg, inputs.get("lengths"))
+        else:
+            params = module.from_published(tensors, self.cfg, self.part)
+            y, cache = getattr(module, f"{self.part}_forward")(params, x, self.cfg)
+        results = {"out.y": y}
+        if hasattr(module, "case_outputs"):
+            extra = module.case_outputs(self.part, params, x, self.cfg)
+            results |= {f"out.{name}": value for name, value in extra.items()}
+        if douts is not None:
+            backward = network.backward
+            if self.part != "network":
+                backward = getattr(module, f"{self.part}_backward")
+            dx, grads = backward(douts["y"], cache)
+            results |= {} if dx is None else {"grad.in.x": dx}
+            grads = self._to_published(grads)
+            results |= {f"grad.param.{name}": g for name, g in grads.items()}
+        return results
+
+    def _module(self):
+        return network.model_module(self.model)
+
+    def _to_published(self, params):
+        if self.part == "network":
+            return network.to_published(params, self.cfg)
+        return self._module().to_published(params, self.cfg, self.part)
+
+
+def part_of(case):
+    """The Part that a case is about, its widths read off the tensors.   Error: unknown model, part or setting"""
+    module = network.model_module(case.model)
+    _check_part(module, case.model, case.part)
+    return Part(case.model, case.part, part_config(case, module))
+
+
+def _check_part(module, model, part):
+    parts = (*module.PUBLISHED, "network")
+    if part not in parts:
+        raise Error(f"{model} has no part {part!r}; it has: {', '.join(parts)}.")
+
+
+def part_config(case, module):
+    """The Config that a case's settings and tensors give"""
+    layer_fields = {f.name for f in dataclasses.fields(module.Config)}
+    network_fields = {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
+    known = layer_fields | (network_fields if case.part == "network" else set()) | {"note"}
+    if unknown := case.settings.keys() - known:
+        raise Error(
+            f"the setting {sorted(unknown)[0]!r} is not one of {case.model}'s {case.part}; "
+            f"it has: {', '.join(sorted(known - {'note'}))}."
+        )
+    settings = {n: v for n, v in case.settings.items() if n in layer_fields}
+    params = case.of("param.")
+    try:
+        layer = module.config_of(settings, params, case.part)
+        if case.part != "network":
+            return layer
+        weight = params["encoder.weight"]
+        tokens = case.tensors["in.x"].dtype.kind in "iu"
+        own = {n: v for n, v in case.settings.items() if n in network_fields}
+        own |= {"tokens": tokens, "d_input": weight.shape[0 if tokens else 1]}
+        own.setdefault("d_output", len(params.get("decoder.weight", weight)))
+        return network.Config(case.model, layer, **own)
+    except (KeyError, TypeError, IndexError) as e:
+        raise Error(
+            f"the case's settings and parameters do not describe a {case.part}: {e}."
+        ) from e
+
+
+def compute(case):
+    """Recompute a case in float64 from its in.*, param.* and dout.* alone -> {"out.*", "grad.*"}"""
+    part = part_of(case)
+    sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
+    _check_sources(case, part, sources)
+    return _run(part, sources)
+
+
+def _float64(tensors):
+    """Floating tensors as float64; integers as they are"""
+    floats = {*PRECISIONS.values()}
+    return {n: t.astype("float64") if t.dtype in floats else t for n, t in tensors.items()}
+
+
+def _run(part, sources):
+    def of(prefix):
+        return {n[len(prefix) :]: t for n, t in sources.items() if n.startswith(prefix)}
+
+    return part.run(of("param."), of("in."), of("dout.") or None)
+
+
+def _check_sources(case, part, sources):
+    """Error for a parameter or input that is missing, unknown, or of another shape"""
+    template = part.template()
+    given = case.of("param.")
+    for name in sorted(template.keys() - given.keys()):
+        raise Error(f"param.{name} {template[name].shape} is missing.")
+    for name in sorted(given.keys() - template.keys()):
+        raise Error(f"param.{name} is not a parameter of {case.model}'s {case.part} here.")
+    for name, expected in template.items():
+        if given[name].shape != expected.shape:
+            shapes = f"{given[name].shape}; expected {expected.shape}"
+            raise Error(f"param.{name} has the shape {shapes}.")
+    allowed = {"in.x"} | ({"in.lengths"} if case.part == "network" else set())
+    if "in.x" not in sources:
+        raise Error("in.x is missing.")
+    if unknown := {n for n in sources if n.startswith("in.")} - allowed:
+        raise Error(f"{sorted(unknown)[0]} is not an input of {case.model}'s {case.part}.")
+    wants = [n for n in case.tensors if n.startswith("grad.")]
+    if wants and "dout.y" not in sources:
+        raise Error(f"dout.y is missing, so {wants[0]} cannot be recomputed.")
+    if unknown := {n for n in sources if n.startswith("dout.")} - {"dout.y"}:
+        raise Error(f"{sorted(unknown)[0]} is not the gradient of an output that feeds back here.")
+    for name, t in sources.items():
+        if t.dtype.kind == "f" and not np.isfinite(t).all():
+            raise Error(f"{name} has values that are not finite, so nothing can be compared.")
+    if "dout.y" in sources:
+        y = _run(part, {n: t for n, t in sources.items() if not n.startswith("dout.")})["out.y"]
+        if sources["dout.y"].shape != y.shape:
+            shapes = f"{sources['dout.y'].shape}; out.y has {y.shape}"
+            raise Error(f"dout.y has the shape {shapes}.")
+
+
+# Comparing
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one tensor."""
+
+    tensor: str
+    error: float  # largest deviation over the reference's largest magnitude
+    allowed: float
+    unavoidable: (
+        float  # the error that rounding at the case's precision makes by itself; 0 in float64
+    )
+    index: tuple  # of the worst element
+    value: float  # there
+    expected: float
+    problem: str = ""  # a sentence, where no comparison was possible
+
+    @property
+    def ok(self):
+        """Whether the tensor passes."""
+        return not self.problem and self.error <= self.allowed
+
+
+def verify(case):
+    """Recompute a case and compare every out.* and grad.* tensor that it has -> list of Row.   Error: as compute"""
+    reference = compute(case)
+    claims = {n: t for n, t in case.tensors.items() if n.startswith(("out.", "grad."))}
+    if not claims:
+        raise Error("the case has nothing to compare: no out.* and no grad.* tensor.")
+    unavoidable = _unavoidable(case, reference) if case.precision != "float64" else {}
+    return [_compare(case, name, t, reference, unavoidable) for name, t in claims.items()]
+
+
+def _compare(case, name, claim, reference, unavoidable):
+    def failed(problem):
+        return Row(name, math.nan, 0.0, 0.0, (), math.nan, math.nan, problem)
+
+    if name not in reference:
+        return failed(f"not something this part computes; it computes {', '.join(reference)}")
+    r = np.asarray(reference[name])
+    if claim.shape != r.shape:
+        return failed(f"has the shape {claim.shape}; expected {r.shape}")
+    claim = claim.astype("float64")
+    bad = ~np.isfinite(claim)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        return failed(f"{bad.sum()} values are not finite, the first at {list(first)}")
+    scale = np.abs(r).max() or 1.0
+    deviation = np.abs(claim - r)
+    index = tuple(int(i) for i in np.unravel_index(deviation.argmax(), r.shape))
+    own = unavoidable.get(name, 0.0)
+    allowed = 4 * own + _ulp(case.precision) if unavoidable else TOLERANCE
+    allowed = float(case.tolerance.get(name, allowed))
+    at = float(claim[index]), float(r[index])
+    return Row(name, float(deviation[index] / scale), allowed, own, index, *at)
+
+
+def _ulp(precision):
+    return float(ml_dtypes.finfo(PRECISIONS[precision]).eps)
+
+
+def _unavoidable(case, reference):
+    """name -> the largest normalised deviation over recomputations with everything off by up to half an ulp"""
+    part, half = part_of(case), 0.5 * _ulp(case.precision)
+    sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
+    worst = dict.fromkeys(reference, 0.0)
+    for seed in range(DRAWS):
+        rng = np.random.default_rng(seed)
+        with perturbed(half, rng, network.model_module(case.model)):
+            results = _run(part, {n: _perturb(t, half, rng) for n, t in sources.items()})
+        for name, r in reference.items():
+            deviation = np.abs(_perturb(results[name], half, rng) - r).max()
+            worst[name] = max(worst[name], float(deviation / (np.abs(r).max() or 1.0)))
+    return worst
+
+
+def _perturb(x, half, rng):
+    """x with every element off by a relative amount of at most `half`; anything but floating arrays as it is"""
+    if isinstance(x, np.ndarray) and x.dtype.kind in "fc":
+        return x * (1 + half * rng.uniform(-1, 1, x.shape))
+    return x
+
+
+@contextlib.contextmanager
+def perturbed(half, rng, module):
+    """While this is open, every result of the pairs in ref.nn and in a model's module is perturbed: the named
+    intermediates (projections, kernels, gates, convolutions, pooled features) as a lower precision would round them"""
+    before = []
+
+    def wrap(f):
+        def perturbing(*args, **kwargs):
+            first, *others = _as_tuple(f(*args, **kwargs))
+            if isinstance(first, np.ndarray):
+                first = _perturb(first, half, rng)
+            others = [_perturb(other, half, rng) for other in others]
+            return (first, *others) if others else first
+
+        return perturbing
+
+    for owner in (nn, module):
+        for name, f in list(vars(owner).items()):
+            if name.endswith(("_forward", "_backward")) and callable(f):
+                before.append((owner, name, f))
+                setattr(owner, name, wrap(f))
+    try:
+        yield
+    finally:
+        for owner, name, f in before:
+            setattr(owner, name, f)
+
+
+def _as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+# Making cases
+
+
+def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
+    """A Case from the reference: inputs and parameters drawn, rounded to the precision, everything else computed from
+    them in float64 and rounded once"""
+    module, rng = network.model_module(model), np.random.default_rng(seed)
+    if B < 1 or L < 1:
+        raise Error(f"B={B}, L={L}: both at least 1.")
+    head = Case(model, part, precision, settings, {})
+    _check_part(module, model, part)
+    cfg = _free_config(head, module)
+    if part == "network":
+        own = {n: getattr(cfg, n) for n in ("n_layers", "decoder", "tied", "final_norm")}
+        head = dataclasses.replace(head, settings=settings | own)
+    p = Part(model, part, cfg)
+    x = rng.standard_normal((B, L, cfg.d_model if part != "network" else cfg.d_input))
+    if part == "network" and cfg.tokens:
+        x = rng.integers(0, cfg.d_input, (B, L))
+    sources = {"in.x": x} | {f"param.{n}": t for n, t in p.init(rng).items()}
+    sources = {n: _rounded(t, precision) for n, t in sources.items()}
+    y = _run(p, _float64(sources))["out.y"]
+    sources["dout.y"] = _rounded(rng.standard_normal(y.shape), precision)
+    results = _run(p, _float64(sources))
+    tensors = sources | {n: _rounded(t, precision) for n, t in results.items()}
+    return dataclasses.replace(head, tensors=tensors)
+
+
+def _free_config(case, module):
+    """The Config of a case that has no tensors yet"""
+    layer_fields = {f.name for f in dataclasses.fields(module.Config)}
+    layer = module.Config(**{n: v for n, v in case.settings.items() if n in layer_fields})
+    if case.part != "network":
+        return layer
+    own = {"n_layers": 2, "d_input": 11, "d_output": 5, "final_norm": layer.prenorm}
+    own |= {n: v for n, v in case.settings.items() if n not in layer_fields}
+    return network.Config(case.model, layer, **own)
+
+
+def _rounded(t, precision):
+    return t.astype(PRECISIONS[precision]) if t.dtype.kind == "f" else t

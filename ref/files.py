@@ -1,0 +1,74 @@
+"""Files that are whole or not there: atomic writing, and tensors with their metadata."""
+
+import contextlib
+import json
+import os
+import secrets
+
+from ref import Error
+
+
+def write_atomically(path, content):
+    """Write bytes under a temporary name in the same folder, then rename.   Error: the folder or disk refuses"""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise Error(f"cannot write {path}: {e.strerror or e}.") from e
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def check_writable(folder):
+    """Error when no file can be made in folder, or in the nearest folder above it that exists"""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as e:
+        raise Error(f"cannot write in {folder}: {e.strerror or e}.") from e
+
+
+def read_json(path):
+    """The object in a JSON file.   Error: missing or not JSON"""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise Error(
+            f"cannot read {path}: {getattr(e, 'strerror', None) or 'it is not JSON'}."
+        ) from e
+
+
+def write_tensors(path, tensors, metadata):
+    """A safetensors file of NumPy arrays (made contiguous) and metadata {str: str}, atomically"""
+    import numpy as np
+    from safetensors.numpy import save
+
+    write_atomically(
+        path, save({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata)
+    )
+
+
+def read_tensors(path):
+    """-> tensors {name: array}, metadata {str: str}.   Error: missing, truncated, or no safetensors file
+
+    bfloat16 and float16 come as ml_dtypes' and NumPy's types of that name.
+    """
+    import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as e:
+        raise Error(f"there is no file {path}.") from e
+    except (OSError, SafetensorError, TypeError, ValueError) as e:
+        raise Error(f"{path} is not a whole safetensors file: {e}.") from e

@@ -1,0 +1,202 @@
+"""The definition of a derivative, for every input and every parameter of every pair, each on its own."""
+
+import numpy as np
+
+from ref import network, nn
+
+STEP = 1e-4
+TOLERANCE = 1e-8  # correct code stays below 1e-9; a planted fault is never below 1e-3
+
+
+def directional_error(f, x, g, rng, step=STEP):
+    """The error of the gradient g (like x) of the scalar function f at x (float64), along one random direction v.
+
+    A four-point stencil, exact to step⁴, against <g, v>; normalised by |g| |v| / sqrt(size).
+    """
+    v = rng.standard_normal(x.shape)
+    f1, f2, f3, f4 = (f(x + step * k * v) for k in (1, -1, 2, -2))
+    slope = (8 * (f1 - f2) - (f3 - f4)) / (12 * step)
+    scale = np.linalg.norm(g) * np.linalg.norm(v) / np.sqrt(g.size)
+    return abs(slope - np.vdot(g, v).real) / (scale or 1.0)
+
+
+def check_pair(forward, backward, arrays, seed=0):
+    """name -> error, for a pair in terms of named arrays.
+
+    forward(arrays) -> y, cache;   backward(dy, cache) -> {name: gradient} for every floating array
+    """
+    rng = np.random.default_rng([seed, 1])  # not the arrays' own stream: dy = x would hide a lot
+    y, cache = forward(arrays)
+    y = np.asarray(y)
+    dy = rng.standard_normal(y.shape)
+    if y.dtype.kind == "c":
+        dy = dy + 1j * rng.standard_normal(y.shape)
+    grads = backward(dy, cache)
+    errors = {}
+    for name, x in arrays.items():
+        if x.dtype.kind not in "fc":
+            continue
+        g = np.asarray(grads[name])
+        if g.shape != x.shape or g.dtype != x.dtype:
+            errors[name] = np.inf
+            continue
+
+        def loss(moved, name=name):
+            return np.vdot(dy, forward(arrays | {name: moved})[0]).real
+
+        errors[name] = directional_error(loss, x, g, rng)
+    return errors
+
+
+# Configurations of the models that are checked: settings and length
+
+_HOPE = {"d_model": 3, "d_state": 5, "convention": "lra", "dt_min": 0.1, "dt_max": 1.0}
+_PUBLISHED = {"bidirectional": True, "layout": "published"}
+CONFIGURATIONS = {
+    "hope": [
+        (_HOPE | {"bidirectional": True, "norm": "batch", "dropout": 0.3}, 7),
+        (_HOPE | {"markov": "real", "prenorm": True}, 8),
+        (_HOPE | {"conv": "causal", "norm": "rms", "prenorm": True}, 9),
+        (_HOPE | {"conv": "causal", "markov": "real"}, 2),
+        (_HOPE | {"d_state": 10, "convention": "minimal"} | _PUBLISHED, 8),
+        (_HOPE | {"markov": "real"} | _PUBLISHED, 6),
+        (_HOPE | {"conv": "identity"}, 7),
+    ],
+}
+
+
+# The layers of ref/nn.py: name -> (arrays, forward of them, names of the gradients that backward returns)
+
+
+def nn_pairs(rng):
+    """name -> (forward, backward, arrays), odd sizes that all differ, biases and starting values not zero"""
+    B, L, D, E, V, K = 2, 7, 5, 3, 11, 4
+
+    def normal(*shape):
+        return rng.standard_normal(shape)
+
+    x, lengths = normal(B, L, D), np.array([7, 3])
+    targets = np.array([[1, 5, -1, 0, 10, 3, 2], [-1, 4, 4, 9, 8, 7, 6]])
+    affine = {"x": x, "weight": 1 + 0.3 * normal(D), "bias": normal(D)}
+    moments = {"mean": normal(D), "var": 1 + normal(D) ** 2}
+    pairs = {
+        "linear": ({"x": x, "W": normal(E, D), "b": normal(E)}, {}),
+        "embedding": ({"W": normal(V, D)}, {"tokens": rng.integers(0, V, (B, L))}),
+        "layer_norm": (affine, {}),
+        "rms_norm": ({"x": x, "weight": affine["weight"]}, {}),
+        "batch_norm": (affine, moments | {"training": True}),
+        "batch_norm in evaluation": (affine, moments | {"training": False}),
+        "glu": ({"a": normal(B, L, 2 * D)}, {}),
+        "dropout": ({"x": x}, {"p": 0.4, "rng": 1}),
+        "dropout tied": ({"x": x}, {"p": 0.4, "rng": 1, "tied": True}),
+        "short_conv": (
+            {"x": x, "w": normal(D, 1, K), "b": normal(D), "before": normal(B, K - 1, D)},
+            {},
+        ),
+        "spectral_conv": ({"x": x, "G": normal(L // 2 + 1, D) + 1j * normal(L // 2 + 1, D)}, {}),
+        "fft_conv causal": ({"x": x, "k": normal(D, L)}, {"mode": "causal"}),
+        "fft_conv causal short": ({"x": x, "k": normal(D, 3)}, {"mode": "causal"}),
+        "fft_conv causal long": ({"x": x, "k": normal(D, L + 6)}, {"mode": "causal"}),
+        "fft_conv circular": ({"x": x, "k": normal(D, 5)}, {"mode": "circular"}),
+        "fft_conv two-sided": ({"x": x, "k": normal(D, 2 * L - 1)}, {"mode": "two-sided"}),
+        "mean_pool": ({"x": x}, {"lengths": lengths}),
+        "last": ({"x": x}, {"lengths": lengths}),
+        "softmax_cross_entropy": ({"logits": normal(B, L, V)}, {"targets": targets}),
+    }
+    for name in ("gelu", "gelu_tanh", "sigmoid", "silu", "softplus", "relu"):
+        pairs[name] = ({"x": 2 * normal(B, L, D)}, {})
+    return {name: _nn_pair(name, *pair) for name, pair in pairs.items()}
+
+
+def _nn_pair(name, arrays, others):
+    base = name.partition(" ")[0]
+
+    def forward(arrays):
+        given = dict(others)
+        if "rng" in given:
+            given["rng"] = np.random.default_rng(given["rng"])
+        return getattr(nn, f"{base}_forward")(**arrays, **given)
+
+    def backward(dy, cache):
+        grads = getattr(nn, f"{base}_backward")(dy, cache)
+        return dict(zip(arrays, grads if isinstance(grads, tuple) else (grads,), strict=True))
+
+    return forward, backward, arrays
+
+
+# Parts of models, in training mode: with dropout and batch statistics
+
+
+def model_pairs(model, rng):
+    """(label, forward, backward, arrays) of every configuration that the model names"""
+    module = network.model_module(model)
+    for settings, L in CONFIGURATIONS[model]:
+        cfg = module.Config(**settings)
+        usual = CONFIGURATIONS[model][-1][0]
+        label = [f"{k}={v}" for k, v in settings.items() if usual.get(k) != v]
+        label = ", ".join([*label, f"L={L}"])
+        for part in ("operator", "mixer", "block"):
+            params = getattr(module, f"{part}_init")(cfg, rng, "float64")
+            params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+            pair = _part_pair(module, part, cfg, params)
+            yield (
+                f"{part}: {label}",
+                *pair,
+                params | {"x": rng.standard_normal((2, L, cfg.d_model))},
+            )
+    yield from _network_pairs(model, module, rng)
+
+
+def _part_pair(module, part, cfg, params):
+    def forward(arrays):
+        extra = () if part == "operator" else (np.random.default_rng(1),)
+        given = {n: arrays[n] for n in params}
+        return getattr(module, f"{part}_forward")(given, arrays["x"], cfg, *extra)
+
+    def backward(dy, cache):
+        dx, grads = getattr(module, f"{part}_backward")(dy, cache)
+        return _with_buffers(params, grads) | {"x": dx}
+
+    return forward, backward
+
+
+def _network_pairs(model, module, rng):
+    settings, L = CONFIGURATIONS[model][0]
+    causal = next((s for s, _ in CONFIGURATIONS[model] if module.Config(**s).causal), None)
+    kinds = [("mean", settings, {}), ("last", settings, {"tokens": False})]
+    if causal:
+        kinds += [("lm", causal, {"d_output": 6, "tied": True}), ("lm", causal, {})]
+    for decoder, layer, extra in kinds:
+        own = {"n_layers": 2, "d_input": 6, "d_output": 4, "decoder": decoder} | extra
+        cfg = network.Config(model, module.Config(**layer), **own, final_norm=True)
+        params = network.init(cfg, rng, "float64")
+        params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+        x = rng.integers(0, 6, (2, L)) if cfg.tokens else rng.standard_normal((2, L, 6))
+        lengths = None if decoder == "lm" else np.array([L, L - 2])
+
+        def forward(arrays, cfg=cfg, params=params, lengths=lengths):
+            given = {n: arrays[n] for n in params}
+            return network.forward(given, arrays["x"], cfg, lengths, np.random.default_rng(1))
+
+        def backward(dy, cache, params=params):
+            dx, grads = network.backward(dy, cache)
+            return _with_buffers(params, grads) | {"x": dx}
+
+        yield f"network: {decoder}, {extra}", forward, backward, params | {"x": x}
+
+
+def _with_buffers(params, grads):
+    """Running moments take no part in training mode: their derivative is zero"""
+    moments = {n: np.zeros_like(p) for n, p in params.items() if n.endswith(("_mean", "_var"))}
+    return moments | grads
+
+
+def errors_of(name, seed=0):
+    """(label, {array: error}) for every pair of a model, or of ref/nn.py when name is 'nn'"""
+    rng = np.random.default_rng(seed)
+    if name == "nn":
+        for label, (forward, backward, arrays) in nn_pairs(rng).items():
+            yield label, check_pair(forward, backward, arrays, seed)
+    else:
+        for label, forward, backward, arrays in model_pairs(name, rng):
+            yield label, check_pair(forward, backward, arrays, seed)

@@ -1,0 +1,418 @@
+"""Textbook layers as forward/backward pairs of pure functions.
+
+x_forward(...) -> y, cache;   x_backward(dy, cache) -> gradients in the order of the forward's array arguments.
+Shapes: B batch, L length, D channels. "(..., D)" means any leading axes. float32 in, float32 out.
+"""
+
+import math
+
+from ref import Error, backend
+from ref.backend import array_module, check_choice, irfft, rfft, twins
+
+EPS = 1e-5  # of the norms, inside the root
+
+
+def _sum_rows(x):
+    """(..., D) -> (D,), one axis at a time: the rounding of short sums, not of one long one."""
+    while x.ndim > 1:
+        x = x.sum(axis=-2)
+    return x
+
+
+# Linear and embedding
+
+
+def linear_forward(x, W, b=None):
+    """x (..., I), W (O, I), b (O,) -> y (..., O) = x Wᵀ + b"""
+    y = (x.reshape(-1, x.shape[-1]) @ W.T).reshape(*x.shape[:-1], W.shape[0])
+    if b is not None:
+        y += b
+    return y, (x, W)
+
+
+def linear_backward(dy, cache):
+    """dy (..., O) -> dx, dW, db"""
+    x, W = cache
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = (rows @ W).reshape(x.shape)
+    return dx, rows.T @ x.reshape(-1, x.shape[-1]), _sum_rows(dy)
+
+
+def embedding_forward(tokens, W):
+    """tokens (...) integers, W (V, D) -> y (..., D), row W[token] for each"""
+    return W[tokens], (tokens, W.shape)
+
+
+def embedding_backward(dy, cache):
+    """dy (..., D) -> dW (V, D), the sum over the places where a token stands"""
+    tokens, shape = cache
+    if twin := twins("nn", dy):
+        return twin.embedding_backward(dy, tokens, shape[0])
+    xp = array_module(dy)
+    dW = xp.zeros(shape, dtype=dy.dtype)
+    xp.add.at(dW, tokens, dy)
+    return dW
+
+
+# Norms
+
+
+def layer_norm_forward(x, weight, bias):
+    """x (..., D), weight, bias (D,) -> y = weight x̂ + bias,  x̂ = (x - mean) / sqrt(var + eps) over D"""
+    xp = array_module(x)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    r = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + EPS)
+    xhat = centred * r
+    return weight * xhat + bias, (xhat, r, weight)
+
+
+def layer_norm_backward(dy, cache):
+    """dy (..., D) -> dx, dweight, dbias.   dx = r (g - mean(g) - x̂ mean(g x̂)),  g = weight dy"""
+    xhat, r, weight = cache
+    g = dy * weight
+    dx = r * (g - g.mean(axis=-1, keepdims=True) - xhat * (g * xhat).mean(axis=-1, keepdims=True))
+    return dx, _sum_rows(dy * xhat), _sum_rows(dy)
+
+
+def rms_norm_forward(x, weight):
+    """x (..., D), weight (D,) -> y = weight x̂,  x̂ = x / sqrt(mean(x²) + eps) over D"""
+    xp = array_module(x)
+    r = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + EPS)
+    xhat = x * r
+    return weight * xhat, (xhat, r, weight)
+
+
+def rms_norm_backward(dy, cache):
+    """dy (..., D) -> dx, dweight.   dx = r (g - x̂ mean(g x̂)),  g = weight dy"""
+    xhat, r, weight = cache
+    g = dy * weight
+    return r * (g - xhat * (g * xhat).mean(axis=-1, keepdims=True)), _sum_rows(dy * xhat)
+
+
+def batch_norm_forward(x, weight, bias, mean, var, training):
+    """x (..., D) -> y = weight x̂ + bias, with the moments of the batch (training) or the running ones (D,).
+
+    The cache's last entry is the batch's (mean, var, count), for batch_norm_running.
+    """
+    xp, count = array_module(x), math.prod(x.shape[:-1])
+    if training:
+        mean, var = _moments(x, count)
+    r = 1 / xp.sqrt(var + EPS)
+    if twin := twins("nn", x):
+        y = twin.scale_shift(x, weight * r, bias - weight * r * mean)
+    else:
+        y = weight * ((x - mean) * r) + bias
+    return y, (x, r, weight, training, (mean, var, count))
+
+
+def _moments(x, count):
+    if twin := twins("nn", x):
+        return twin.batch_norm_moments(x)
+    mean = _sum_rows(x) / count
+    centred = x - mean
+    return mean, _sum_rows(centred * centred) / count
+
+
+def batch_norm_backward(dy, cache):
+    """dy (..., D) -> dx, dweight, dbias.   Training: dx = weight r (dy - mean(dy) - x̂ mean(dy x̂))"""
+    x, r, weight, training, (mean, _, count) = cache
+    twin = twins("nn", dy)
+    if twin:
+        dweight, dbias = twin.batch_norm_sums(dy, x, mean, r)
+    else:
+        xhat = (x - mean) * r
+        dweight, dbias = _sum_rows(dy * xhat), _sum_rows(dy)
+    if not training:
+        return dy * (weight * r), dweight, dbias
+    if twin:
+        return (
+            twin.batch_norm_input_gradient(
+                dy, x, mean, r, weight * r, dbias / count, dweight / count
+            ),
+            dweight,
+            dbias,
+        )
+    return weight * r * (dy - dbias / count - xhat * (dweight / count)), dweight, dbias
+
+
+def batch_norm_running(mean, var, cache, momentum=0.1):
+    """Running moments after a training batch: an exponential average, the variance unbiased (as PyTorch's)."""
+    batch_mean, batch_var, count = cache[-1]
+    unbiased = batch_var * (count / max(count - 1, 1))
+    return mean + momentum * (batch_mean - mean), var + momentum * (unbiased - var)
+
+
+# Activations
+
+
+def gelu_forward(x):
+    """y = x Φ(x), Φ the normal distribution function (erf form)"""
+    if twin := twins("nn", x):
+        return twin.gelu_forward(x), (x,)
+    return x * (0.5 * (1 + backend.erf(x * math.sqrt(0.5)))), (x,)
+
+
+def gelu_backward(dy, cache):
+    """dx = dy (Φ(x) + x φ(x))"""
+    (x,) = cache
+    if twin := twins("nn", x):
+        return twin.gelu_backward(dy, x)
+    xp = array_module(x)
+    density = xp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return dy * (0.5 * (1 + backend.erf(x * math.sqrt(0.5))) + x * density)
+
+
+def gelu_tanh_forward(x):
+    """y = x (1 + t) / 2,  t = tanh(c (x + 0.044715 x³)),  c = sqrt(2/π)"""
+    xp = array_module(x)
+    t = xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return 0.5 * x * (1 + t), (x, t)
+
+
+def gelu_tanh_backward(dy, cache):
+    """dx = dy ((1 + t)/2 + x (1 - t²) c (1 + 3·0.044715 x²) / 2)"""
+    x, t = cache
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow: tanh saturates, exp does not"""
+    return 0.5 * (array_module(x).tanh(0.5 * x) + 1)
+
+
+def sigmoid_forward(x):
+    """y = sigmoid(x)"""
+    y = sigmoid(x)
+    return y, (y,)
+
+
+def sigmoid_backward(dy, cache):
+    """dx = dy y (1 - y)"""
+    (y,) = cache
+    return dy * y * (1 - y)
+
+
+def silu_forward(x):
+    """y = x sigmoid(x)"""
+    s = sigmoid(x)
+    return x * s, (x, s)
+
+
+def silu_backward(dy, cache):
+    """dx = dy s (1 + x (1 - s))"""
+    x, s = cache
+    return dy * s * (1 + x * (1 - s))
+
+
+def softplus_forward(x):
+    """y = log(1 + exp(x)), for any x"""
+    xp = array_module(x)
+    return xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x))), (x,)
+
+
+def softplus_backward(dy, cache):
+    """dx = dy sigmoid(x)"""
+    (x,) = cache
+    return dy * sigmoid(x)
+
+
+def relu_forward(x):
+    """y = max(x, 0)"""
+    return array_module(x).maximum(x, 0), (x,)
+
+
+def relu_backward(dy, cache):
+    """dx = dy where x > 0"""
+    (x,) = cache
+    return dy * (x > 0)
+
+
+def glu_forward(a):
+    """a (..., 2D) -> y (..., D) = a[first half] sigmoid(a[second half])"""
+    if twin := twins("nn", a):
+        return twin.glu_forward(a), (a,)
+    D = a.shape[-1] // 2
+    return a[..., :D] * sigmoid(a[..., D:]), (a,)
+
+
+def glu_backward(dy, cache):
+    """dy (..., D) -> da (..., 2D)"""
+    (a,) = cache
+    if twin := twins("nn", a):
+        return twin.glu_backward(dy, a)
+    xp, D = array_module(a), a.shape[-1] // 2
+    s = sigmoid(a[..., D:])
+    return xp.concatenate([dy * s, dy * a[..., :D] * s * (1 - s)], axis=-1)
+
+
+# Dropout
+
+
+def dropout_forward(x, p, rng, tied=False):
+    """x (B, L, D) -> x · mask, mask 0 with probability p, else 1/(1-p); tied: one mask (B, 1, D) for all times.
+
+    rng is a NumPy Generator, or None outside training: then y is x.
+    """
+    if rng is None or p == 0:
+        return x, (None,)
+    shape = (x.shape[0], 1, x.shape[2]) if tied else x.shape
+    keep = rng.random(shape, dtype="float32") >= p
+    mask = backend.to_device(keep.astype(x.dtype) * x.dtype.type(1 / (1 - p)), array_module(x))
+    return x * mask, (mask,)
+
+
+def dropout_backward(dy, cache):
+    """dx = dy · mask"""
+    (mask,) = cache
+    return dy if mask is None else dy * mask
+
+
+# Convolutions
+
+
+def short_conv_forward(x, w, b=None, before=None):
+    """Depthwise causal convolution.  x (B, L, C), w (C, 1, K), b (C,) -> y_t = b + Σ_j w[:, 0, j] x_{t-K+1+j}
+
+    before (B, K-1, C) are the inputs that came before x; zeros when not given.
+    """
+    xp, (B, L, C), K = array_module(x), x.shape, w.shape[2]
+    if before is None:
+        before = xp.zeros((B, K - 1, C), dtype=x.dtype)
+    padded = xp.concatenate([before, x], axis=1)
+    y = sum(w[:, 0, j] * padded[:, j : j + L] for j in range(K))
+    return (y if b is None else y + b), (padded, w)
+
+
+def short_conv_backward(dy, cache):
+    """dy (B, L, C) -> dx, dw, db, dbefore"""
+    padded, w = cache
+    xp, L, K = array_module(dy), dy.shape[1], w.shape[2]
+    dw = xp.stack([_sum_rows(dy * padded[:, j : j + L]) for j in range(K)], axis=1)
+    dpadded = xp.zeros(padded.shape, dtype=dy.dtype)
+    for j in range(K):
+        dpadded[:, j : j + L] += w[:, 0, j] * dy
+    return dpadded[:, K - 1 :], dw[:, None, :], _sum_rows(dy), dpadded[:, : K - 1]
+
+
+def short_conv_step(x_t, state, w, b=None):
+    """One time step.  x_t (B, C), state (B, K-1, C) the last inputs, oldest first -> y_t (B, C), state"""
+    xp = array_module(x_t)
+    window = xp.concatenate([state, x_t[:, None]], axis=1)
+    y = (window * w[:, 0].T).sum(axis=1)
+    return (y if b is None else y + b), window[:, 1:]
+
+
+def spectral_conv_forward(x, G):
+    """Circular convolution by its frequency response.  x (B, L, D), G (L//2+1, D) -> y = irfft(rfft(x) G)
+
+    Of a real system G[0] and (L even) G[L/2] are real; imaginary parts there have no effect.
+    """
+    L = x.shape[1]
+    X = rfft(x, L, axis=1)
+    return irfft(X * G, L, axis=1), (X, G, L)
+
+
+def spectral_conv_backward(dy, cache):
+    """dy (B, L, D) -> dx, dG.   Each bin between 0 and L/2 stands for itself and its mirror: it counts twice."""
+    X, G, L = cache
+    dY = rfft(dy, L, axis=1)
+    dG = (X.conj() * dY).sum(axis=0) * dy.dtype.type(2 / L)
+    dG[0] *= 0.5
+    if L % 2 == 0:
+        dG[-1] *= 0.5
+    dY *= G.conj()
+    return irfft(dY, L, axis=1), dG
+
+
+def fft_conv_forward(x, k, mode="causal"):
+    """Long convolution by FFT.  x (B, L, D), k (D, K) -> y (B, L, D)
+
+    causal:     y_t = Σ_{s<=t} k_{t-s} x_s, k_i = 0 for i >= K
+    circular:   y_t = Σ_s k_{(t-s) mod L} x_s, K <= L
+    two-sided:  y_t = Σ_s k_{L-1+t-s} x_s, K = 2L-1: lag 0 stands at index L-1
+    """
+    check_choice("mode", mode, ("causal", "circular", "two-sided"))
+    L, K = x.shape[1], k.shape[1]
+    if K > L and mode == "circular" or mode == "two-sided" and K != 2 * L - 1:
+        raise Error(f"a {mode} kernel of {K} taps does not fit a sequence of length {L}.")
+    k = k[:, :L] if mode == "causal" else k
+    n = L if mode == "circular" else backend.fast_length(2 * L - 1)
+    first = L - 1 if mode == "two-sided" else 0
+    X, G = rfft(x, n, axis=1), rfft(k, n, axis=1).T
+    return irfft(X * G, n, axis=1)[:, first : first + L], (X, G, n, first, K)
+
+
+def fft_conv_backward(dy, cache):
+    """dy (B, L, D) -> dx, dk.   The adjoint of a convolution is a correlation."""
+    X, G, n, first, K = cache
+    xp, (B, L, D) = array_module(dy), dy.shape
+    if first:
+        dy = xp.concatenate([xp.zeros((B, first, D), dtype=dy.dtype), dy], axis=1)
+    dY = rfft(dy, n, axis=1)
+    reached = min(K, L) if not first else K
+    dk = xp.zeros((D, K), dtype=dy.dtype)
+    dk[:, :reached] = irfft((X.conj() * dY).sum(axis=0), n, axis=0)[:reached].T
+    dY *= G.conj()
+    return irfft(dY, n, axis=1)[:, :L], dk
+
+
+# Pooling and loss
+
+
+def mean_pool_forward(x, lengths):
+    """x (B, L, D), lengths (B,) -> (B, D), the mean over each sequence's own positions"""
+    xp = array_module(x)
+    mask = (xp.arange(x.shape[1])[None, :] < lengths[:, None]) / lengths[:, None]
+    mask = mask.astype(x.dtype)
+    return (mask[:, None, :] @ x)[:, 0], (mask,)
+
+
+def mean_pool_backward(dy, cache):
+    """dy (B, D) -> dx (B, L, D)"""
+    (mask,) = cache
+    return mask[:, :, None] * dy[:, None, :]
+
+
+def last_forward(x, lengths):
+    """x (B, L, D), lengths (B,) -> (B, D), each sequence's own last position"""
+    at = (array_module(x).arange(len(x)), lengths - 1)
+    return x[at], (at, x.shape)
+
+
+def last_backward(dy, cache):
+    """dy (B, D) -> dx (B, L, D)"""
+    at, shape = cache
+    dx = array_module(dy).zeros(shape, dtype=dy.dtype)
+    dx[at] = dy
+    return dx
+
+
+def softmax_cross_entropy_forward(logits, targets, ignore=-1, consume_logits=False):
+    """logits (..., V), targets (...) integers -> mean of -log softmax(logits)[target] in nats, over targets != ignore
+
+    consume_logits: the softmax takes the place of the logits, which are lost.
+    """
+    xp, V = array_module(logits), logits.shape[-1]
+    p = logits.reshape(-1, V)
+    if not (consume_logits and logits.flags.c_contiguous):
+        p = p.copy()
+    rows, counted = targets.reshape(-1), targets.reshape(-1) != ignore
+    at = (xp.arange(len(rows)), xp.where(counted, rows, 0))
+    p -= p.max(axis=1, keepdims=True)
+    target_logit = p[at]
+    xp.exp(p, out=p)
+    Z = p.sum(axis=1, keepdims=True)
+    p /= Z
+    count = xp.maximum(counted.sum(), 1)
+    loss = ((xp.log(Z[:, 0]) - target_logit) * counted).sum() / count.astype(p.dtype)
+    return loss, (p, at, counted, count, logits.shape)
+
+
+def softmax_cross_entropy_backward(dloss, cache):
+    """dloss (a number) -> dlogits (..., V) = (softmax - one-hot) / count, zero where ignored"""
+    p, at, counted, count, shape = cache
+    scale = counted.astype(p.dtype) * (dloss / count.astype(p.dtype))
+    dlogits = p * scale[:, None]
+    dlogits[at] -= scale
+    return dlogits.reshape(shape)

@@ -1,0 +1,146 @@
+"""Pictures: the curves of a run; kernels, Hankel singular values and matrices of models. Needs the extra `plot`."""
+
+import json
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ref import Error, network
+from ref.files import read_json, read_tensors, write_atomically
+
+
+def _save(figure, path):
+    """PNG, atomically"""
+    import io
+
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_atomically(path, content.getvalue())
+
+
+def draw(what, run, model, settings, length, seed, path):
+    """`python -m ref plot`: the curves of a run, or a picture of every layer of a run or of a model as initialised
+
+    Error: no such run; a picture that this configuration does not have.
+    """
+    if what == "curves":
+        if run is None:
+            raise Error("--what curves needs the folder of a run.")
+        curves(run, path)
+        return
+    module, layers = trained_layers(run) if run else initial_layers(model, settings, seed)
+    pictures = {}
+    for title, (params, cfg) in layers.items():
+        if what == "hankel":
+            pictures[title] = module.hankel_values(params, cfg)
+        elif what == "kernel":
+            pictures[title] = module.impulse_response(params, cfg, length)
+        else:
+            pictures[title] = module.matrix(params, cfg, L=length)[0]
+    {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
+
+
+def initial_layers(model, settings, seed):
+    """-> module, {title: (params, cfg)} of a model's layer at initialisation"""
+    module = network.model_module(model)
+    cfg = module.Config(**settings)
+    params = module.block_init(cfg, np.random.default_rng(seed), "float64")
+    return module, {f"{model} at initialisation": (params, cfg)}
+
+
+def trained_layers(run):
+    """-> module, {title: (params, cfg)} of a run's blocks"""
+    settings = read_json(run / "config.json")
+    module = network.model_module(settings["model"])
+    tensors, _ = read_tensors(run / "checkpoint.safetensors")
+    params = {n[6:]: t.astype("float64") for n, t in tensors.items() if n.startswith("param.")}
+    cfg = module.Config(**settings["layer"])
+    titles = [f"layer {i}" for i in range(settings["recipe"]["n_layers"])]
+    return module, {title: (network.layer_params(params, i), cfg) for i, title in enumerate(titles)}
+
+
+def curves(run, path):
+    """Loss and accuracy against steps from RUN/metrics.jsonl, training averaged, validation as points, baselines dashed"""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [entry for entry in lines if "loss" in entry]
+    valid = [entry for entry in lines if "valid_loss" in entry]
+    result = read_json(run / "result.json") if (run / "result.json").exists() else {"baselines": {}}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, name in ((left, "loss"), (right, "accuracy")):
+        steps = np.array([entry["step"] for entry in train])
+        values = np.array([entry[name] for entry in train])
+        width = max(1, len(values) // 50)
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        axis.plot(steps, values, color="tab:blue", alpha=0.25, lw=0.8)
+        axis.plot(steps[len(steps) - len(smooth) :], smooth, color="tab:blue", label="training")
+        points = [entry[f"valid_{name}"] for entry in valid]
+        axis.plot(
+            [entry["step"] for entry in valid], points, "o-", color="tab:orange", label="validation"
+        )
+        axis.set(xlabel="step", ylabel=name + (" (nats)" if name == "loss" else ""))
+        axis.grid(alpha=0.3)
+    for (name, value), style in zip(
+        result["baselines"].items(), ("--", ":", "-.", "--"), strict=False
+    ):
+        right.axhline(value, color="gray", ls=style, label=f"{name} {value:.3f}")
+    if "test_accuracy" in result:
+        right.axhline(
+            result["test_accuracy"], color="tab:green", label=f"test {result['test_accuracy']:.3f}"
+        )
+    left.legend()
+    right.legend()
+    _save(figure, path)
+
+
+def kernel(layers, path):
+    """Impulse responses.   layers: title -> k (D, L); a few channels of each, and the mean size over all channels"""
+    figure, rows = plt.subplots(len(layers), 2, figsize=(11, 2.6 * len(layers)), squeeze=False)
+    for (left, right), (title, k) in zip(rows, layers.items(), strict=True):
+        for d in range(min(4, len(k))):
+            left.plot(k[d], lw=0.8, label=f"channel {d}")
+        right.semilogy(np.sqrt((k * k).mean(axis=0)) + 1e-30, lw=0.8)
+        left.set(title=title, xlabel="t", ylabel="impulse response")
+        right.set(title=title, xlabel="t", ylabel="root mean square over channels")
+        left.legend(fontsize="small")
+        right.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def hankel(layers, path):
+    """Hankel singular values, largest 1.   layers: title -> values (D, n), descending; median and range over channels"""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for title, values in layers.items():
+        relative = values / values[:, :1]
+        index = np.arange(1, values.shape[1] + 1)
+        (line,) = axis.semilogy(index, np.median(relative, axis=0) + 1e-30, label=title)
+        axis.fill_between(
+            index,
+            relative.min(axis=0) + 1e-30,
+            relative.max(axis=0),
+            color=line.get_color(),
+            alpha=0.15,
+        )
+    axis.set(xlabel="index", ylabel="Hankel singular value / largest", ylim=(1e-12, 2))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def matrix(layers, path):
+    """Sequence maps.   layers: title -> M (D, L, L); the first channels of each, in colours symmetric about 0"""
+    channels = min(4, min(len(M) for M in layers.values()))
+    figure, rows = plt.subplots(
+        len(layers), channels, figsize=(3 * channels, 3 * len(layers)), squeeze=False
+    )
+    for row, (title, M) in zip(rows, layers.items(), strict=True):
+        for d, axis in enumerate(row):
+            limit = np.abs(M[d]).max() or 1
+            axis.imshow(M[d], cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+            axis.set(title=f"{title}, channel {d}", xlabel="s", ylabel="t")
+    figure.tight_layout()
+    _save(figure, path)
