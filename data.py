@@ -7,19 +7,18 @@ computes for a sample then does not depend on the batch that it came in.
 A further data set is a further section below and one line in `LOADERS`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import secrets
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ref import Error
+from ref import Error, files
 
 
 class DataError(Error):
@@ -186,20 +185,15 @@ def _folder(data_dir):
     return Path(os.path.expanduser(data_dir))
 
 
-def _cannot_write(path, error):
-    return DataError(
-        f"Cannot write {path}: {error.strerror or error}. Make room or choose another folder with "
-        "--data-dir or REF_DATA_DIR."
-    )
-
-
-def _check_writable(folder):
-    """DataError before the work is done rather than after it."""
+@contextlib.contextmanager
+def _advice():
+    """Add to the error of a folder or disk that refuses what the user can do about it"""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
+        yield
+    except Error as error:
+        raise DataError(
+            f"{error} Make room or choose another folder with --data-dir or REF_DATA_DIR."
+        ) from None
 
 
 SPLIT_PARTS = ("values", "offsets", "targets")
@@ -219,42 +213,22 @@ def _write_cache(path, splits, arguments):
 
     The file has its name only once it is complete.   DataError: it cannot be written.
     """
-    from safetensors.numpy import save
-
     tensors = {f"{s}.{part}": getattr(splits[s], part) for s in splits for part in SPLIT_PARTS}
-    content = save(tensors, arguments | {"sha256": _checksum(tensors)})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # also Ctrl-C
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+    with _advice():
+        files.write_tensors(path, tensors, arguments | {"sha256": _checksum(tensors)})
 
 
 def _read_cache(path, arguments):
     """{name: Split} as written with the same arguments. None: no file, a damaged or another one."""
-    from safetensors import SafetensorError, safe_open
-
     if not os.path.lexists(path):
         return None
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            checksum = metadata.pop("sha256", None)
-            if metadata != arguments:
-                return _not_usable(path, "was made by another version or from other arguments")
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+        tensors, metadata = files.read_tensors(path)
+    except Error as error:
         return _not_usable(path, f"cannot be read ({error})")
+    checksum = metadata.pop("sha256", None)
+    if metadata != arguments:
+        return _not_usable(path, "was made by another version or from other arguments")
     if checksum != _checksum(tensors):
         return _not_usable(path, "is damaged (its checksum differs)")
     splits = {name.partition(".")[0] for name in tensors}
@@ -371,7 +345,8 @@ def cached_listops(folder, seed, progress, sizes, limits):
     path = folder / ("-".join(arguments.values()).replace(" ", "-") + ".safetensors")
     splits = _read_cache(path, arguments)
     if splits is None:
-        _check_writable(folder)
+        with _advice():  # before the work is done rather than after it
+            files.check_writable(folder)
         splits = generate_listops(seed, sizes, limits, progress)
         _write_cache(path, splits, arguments)
     return splits

@@ -19,7 +19,7 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise Error(f"cannot write {path}: {e.strerror or e}.") from e
+        raise Error(f"Cannot write {path}: {e.strerror or e}.") from e
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -27,14 +27,15 @@ def write_atomically(path, content):
 
 def check_writable(folder):
     """Error when no file can be made in folder, or in the nearest folder above it that exists"""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    probe = existing / f".{secrets.token_hex(8)}.tmp"
     try:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as e:
-        raise Error(f"cannot write in {folder}: {e.strerror or e}.") from e
+        raise Error(f"Cannot write {folder}: {e.strerror or e}.") from e
 
 
 def read_json(path):
@@ -69,6 +70,6 @@ def read_tensors(path):
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as e:
-        raise Error(f"there is no file {path}.") from e
+        raise Error(f"There is no file {path}.") from e
     except (OSError, SafetensorError, TypeError, ValueError) as e:
         raise Error(f"{path} is not a whole safetensors file: {e}.") from e

@@ -132,7 +132,8 @@ def sample_forward(h, log_dt, L, J):
     half = xp.arange(J, dtype=log_dt.dtype) * (math.pi / L)
     angle = 2 * xp.arctan2(xp.sin(half), xp.exp(log_dt)[:, None] * xp.cos(half))
     i1 = xp.arange(1, h.shape[1] + 1, dtype=log_dt.dtype)
-    powers = xp.exp(-1j * angle[:, :, None] * i1)  # (D, J, n)
+    powers = xp.repeat(xp.exp(-1j * angle)[:, :, None], h.shape[1], axis=2)
+    powers = xp.cumprod(powers, axis=2)  # w'^-1, w'^-2, ... (D, J, n)
     return (powers @ h.astype(powers.dtype)[:, :, None])[:, :, 0], (
         h,
         log_dt,

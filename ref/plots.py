@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import SymLogNorm
 
 from ref import Error, network
 from ref.files import read_json, read_tensors, write_atomically
@@ -104,7 +105,7 @@ def kernel(layers, path):
             left.plot(k[d], lw=0.8, label=f"channel {d}")
         right.semilogy(np.sqrt((k * k).mean(axis=0)) + 1e-30, lw=0.8)
         left.set(title=title, xlabel="t", ylabel="impulse response")
-        right.set(title=title, xlabel="t", ylabel="root mean square over channels")
+        right.set(title=title, xlabel="t", ylabel="RMS over channels")
         left.legend(fontsize="small")
         right.grid(alpha=0.3)
     figure.tight_layout()
@@ -132,7 +133,7 @@ def hankel(layers, path):
 
 
 def matrix(layers, path):
-    """Sequence maps.   layers: title -> M (D, L, L); the first channels of each, in colours symmetric about 0"""
+    """Sequence maps.   layers: title -> M (D, L, L); the first channels of each, blue positive, red negative, logarithmic"""
     channels = min(4, min(len(M) for M in layers.values()))
     figure, rows = plt.subplots(
         len(layers), channels, figsize=(3 * channels, 3 * len(layers)), squeeze=False
@@ -140,7 +141,8 @@ def matrix(layers, path):
     for row, (title, M) in zip(rows, layers.items(), strict=True):
         for d, axis in enumerate(row):
             limit = np.abs(M[d]).max() or 1
-            axis.imshow(M[d], cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+            colours = SymLogNorm(1e-3 * limit, vmin=-limit, vmax=limit)
+            axis.imshow(M[d], cmap="RdBu", norm=colours, interpolation="nearest")
             axis.set(title=f"{title}, channel {d}", xlabel="s", ylabel="t")
     figure.tight_layout()
     _save(figure, path)

@@ -1,4 +1,4 @@
-"""The .cu files of ref/kernels as C++: `launcher` stands in for the one of ref.kernels.cuda."""
+"""CUDA C as C++ on NumPy arrays: `RawModule` stands in for CuPy's."""
 
 import ctypes
 import functools
@@ -10,43 +10,46 @@ from pathlib import Path
 
 import pytest
 
-from ref.kernels import cuda
-
-BLOCK = 32
 FLAGS = ["-O2", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(')
 
 
-def kernels(model):
-    """The names of the kernels in <model>.cu"""
-    return KERNEL.findall(cuda.source(model))
+def kernels(code):
+    """The names of the kernels in CUDA source"""
+    return KERNEL.findall(code)
 
 
 @functools.cache
-def library(model, dtype):
-    """<model>.cu as a loaded library.   Skips the test where there is no compiler"""
+def library(code, macros):
+    """CUDA source as a loaded library.   Skips the test where there is no compiler"""
     if not shutil.which("g++"):
         pytest.skip("no g++ here to compile the CUDA kernels as C++")
     header = Path(__file__).with_name("cuda_shim.h").read_text(encoding="utf-8")
-    exports = [f"EXPORT({name})" for name in kernels(model)]
+    exports = [f"EXPORT({name})" for name in kernels(code)]
     with tempfile.TemporaryDirectory() as folder:
-        code, binary = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        code.write_text("\n".join([header, cuda.source(model), *exports]), encoding="utf-8")
-        command = ["g++", *FLAGS, f"-DREAL={cuda.REAL[dtype]}", "-o", binary, code]
+        source, binary = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+        source.write_text("\n".join([header, code, *exports]), encoding="utf-8")
+        command = ["g++", *FLAGS, *macros, "-o", binary, source]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(binary))
 
 
-def launcher(model, dtype, reverse=False):
-    """As ref.kernels.cuda.launcher, for NumPy arrays; checks their types, which CuPy does not.
+class RawModule:
+    """As cupy.RawModule, and with the check of the arguments' types that CuPy does not make"""
 
-    reverse: the last thread of the grid runs first.
-    """
+    launched = ()  # names of the kernels so far
+    reverse = False  # the last thread of a grid runs first
 
-    def launch(name, threads, *arguments):
+    def __init__(self, *, code, options):
+        self.library = library(code, tuple(x for x in options if x.startswith("-D")))
+
+    def get_function(self, name):
+        return functools.partial(self.launch, name)
+
+    def launch(self, name, grid, block, arguments):
         codes = ctypes.create_string_buffer(64)
-        getattr(library(model, dtype), f"signature_{name}")(codes)
+        getattr(self.library, f"signature_{name}")(codes)
         given = "".join("q" if isinstance(x, int) else x.dtype.char for x in arguments)
         assert given == codes.value.decode(), f"{name} takes {codes.value.decode()}, got {given}"
         arrays = [x for x in arguments if not isinstance(x, int)]
@@ -56,7 +59,6 @@ def launcher(model, dtype, reverse=False):
             for x in arguments
         ]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        kernel = getattr(library(model, dtype), f"launch_{name}")
-        kernel(-(-threads // BLOCK), BLOCK, ctypes.c_bool(reverse), pointers)
-
-    return launch
+        kernel = getattr(self.library, f"launch_{name}")
+        kernel(*grid, *block, ctypes.c_bool(self.reverse), pointers)
+        RawModule.launched = {*RawModule.launched, name}

@@ -95,7 +95,7 @@ erf = _function(scipy.special.erf, "erf")
 
 
 def _irfft(X, n=None, axis=-1):
-    """NumPy ignores imaginary parts in bins 0 and n/2; for cuFFT the result is undefined: refused"""
+    """NumPy ignores imaginary parts in bins 0 and n/2, with cuFFT the result is undefined"""
     n = 2 * (X.shape[axis] - 1) if n is None else n
     x = np.moveaxis(_unwrap(X, "irfft"), axis, 0)
     ends = x[[0, n // 2] if n % 2 == 0 and n // 2 < len(x) else [0]]

@@ -1,14 +1,13 @@
-"""The GPU side where no GPU is: the CUDA kernels as C++, the names used of CuPy, the models on strict arrays.
+"""The GPU side where no GPU is: CUDA kernels as C++, names used of CuPy, models on strict arrays.
 
 Tests marked `gpu` make the same comparisons on CuPy; they are skipped without a device.
 """
 
 import ast
-import dataclasses
 import functools
 import importlib
 import inspect
-import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -24,36 +23,41 @@ from ref import Error, backend, hope, network, nn, optim
 from ref.kernels import cuda, hope_cuda
 
 ROOT = Path(hope.__file__).parent.parent
-SOURCES = sorted((ROOT / "ref" / "kernels").glob("*.cu"))
+CU_FILES = sorted((ROOT / "ref" / "kernels").glob("*.cu"))
+PLAIN = backend.plain()  # the whole suite runs without Numba
 
 
 @pytest.fixture
 def plain(monkeypatch):
-    """The readable forms run where they are not replaced"""
+    """Readable forms, where a test does not call for another"""
     monkeypatch.setenv("REF_PLAIN", "1")
 
 
-def device(name):
-    """CuPy.   Skips the test where there is no GPU"""
+def cupy_device():
+    """CuPy.   Skips the test where there is no device"""
     try:
-        return backend.select_device(name)
+        return backend.select_device("cuda")
     except Error as e:
         pytest.skip(str(e))
 
 
-def error(a, b):
-    """The largest difference of a and b relative to the largest element of b in the same row"""
-    a, b = np.atleast_1d(backend.to_host(a)), np.atleast_1d(backend.to_host(b))
+def to_numpy(x):
+    return np.asarray(x if isinstance(x, np.generic) else backend.to_host(x))
+
+
+def error(a, b, axis=None):
+    """The largest difference of a and b, relative to the largest element of b (along axis)"""
+    a, b = np.atleast_1d(to_numpy(a)), np.atleast_1d(to_numpy(b))
     assert a.shape == b.shape
-    rows = np.abs(b).max(axis=-1, keepdims=True)
-    return (np.abs(a - b) / np.where(rows == 0, 1, rows)).max()
+    largest = np.abs(b).max(axis=axis, keepdims=True)
+    return (np.abs(a - b) / np.where(largest == 0, 1, largest)).max()
 
 
 # The kernels
 
 
 class Margins:
-    """An array module whose arrays lie between margins of NaN, and are NaN themselves until written"""
+    """An array module whose arrays lie between margins of NaN and are NaN until written"""
 
     WIDTH = 64
 
@@ -88,61 +92,574 @@ class Margins:
 
 
 @pytest.fixture(params=["c++", pytest.param("cuda", marks=pytest.mark.gpu)])
-def memory(request, monkeypatch):
-    """Where the CUDA kernels run: NumPy arrays with the kernels as C++, or CuPy's"""
-    xp = np if request.param == "c++" else device("cuda")
-    if xp is np:
-        monkeypatch.setattr(cuda, "launcher", cuda_shim.launcher)
-    margins = Margins(xp)
+def machine(request, monkeypatch):
+    """Where the CUDA kernels run: NumPy with the kernels as C++, or CuPy"""
+    if request.param == "cuda":
+        return cupy_device()
+    monkeypatch.setitem(sys.modules, "cupy", cuda_shim)
+    monkeypatch.setattr(cuda, "launcher", functools.cache(cuda.launcher.__wrapped__))
+    return np
+
+
+@pytest.fixture
+def memory(machine, monkeypatch):
+    """That machine's memory, guarded"""
+    margins = Margins(machine)
     monkeypatch.setattr(hope_cuda, "array_module", lambda x: margins)
     yield margins
     margins.check()
 
 
-# D, n, L: ones, primes, whole blocks; the last has n above CHUNK
+# D, n, L: ones, even and odd, a last block that is full, one that is not, n above CHUNK
 SIZES = [(1, 1, 1), (3, 1, 2), (2, 8, 64), (4, 33, 130), (3, 7, 257), (2, 70, 151)]
 DT = [1e-4, 0.1, 1.0, 30.0]
 
 
-def sampling_arguments(memory, D, n, L, dt, dtype):
-    """h real and complex, J half of the nodes and all: (dg, h, log_dt, L, J) on the host and in memory"""
-    rng = np.random.default_rng(n)
-    log_dt = (np.log(dt) + 0.01 * rng.standard_normal(D)).astype(dtype)
+def sampling_arguments(D, n, L, dt, dtype):
+    """dg, h, log_dt, L, J for real and complex h, for half of the nodes and all"""
+    rng, complex_dtype = np.random.default_rng(n), backend.complex_dtype(dtype)
+    log_dt = np.log(dt) + 0.01 * rng.standard_normal(D)
     log_dt[0] = np.log(dt)
-    complex_type = backend.complex_dtype(dtype)
-    h = rng.standard_normal((D, n)) + 1j * rng.standard_normal((D, n))
-    for J, h_type in itertools.product({L // 2 + 1, L}, (dtype, complex_type)):
-        dg = (rng.standard_normal((D, J)) + 1j * rng.standard_normal((D, J))).astype(complex_type)
-        ours = (h if h_type == complex_type else h.real).astype(h_type)
-        yield tuple(
-            (put(dg), put(ours), put(log_dt), L, J) for put in (lambda x: x, memory.put)
-        )
+    h, dg = (rng.standard_normal((2, D, N, 2)).view("complex128")[..., 0] for N in (n, L))
+    for J in sorted({L // 2 + 1, L}):
+        few = np.ascontiguousarray(dg[0, :, :J]).astype(complex_dtype)
+        yield few, h[0].astype(complex_dtype), log_dt.astype(dtype), L, J
+        yield few, h[0].real.astype(dtype), log_dt.astype(dtype), L, J
 
 
-def ladder_arguments(memory, D, n, L, dt, dtype):
-    """(dk, h, log_dt, L) on the host and in memory"""
+def ladder_arguments(D, n, L, dt, dtype):
+    """dk, h, log_dt, L"""
     rng = np.random.default_rng(n)
     log_dt = np.log(dt) + 0.01 * rng.standard_normal(D)
     dk, h = rng.standard_normal((D, L)), rng.standard_normal((D, n))
-    host = [x.astype(dtype) for x in (dk, h, log_dt)]
-    return (*host, L), (*map(memory.put, host), L)
+    return *(x.astype(dtype) for x in (dk, h, log_dt)), L
+
+
+def kernel_results(kernels, put, D, n, L, dt, dtype):
+    """Everything that a module like ref.kernels.hope gives, by name"""
+    results = {}
+    for k, case in enumerate(sampling_arguments(D, n, L, dt, dtype)):
+        arguments = [put(x) if isinstance(x, np.ndarray) else x for x in case]
+        results[f"g {k}"] = kernels.sample_forward(*arguments[1:])
+        dh, results[f"dlog_dt {k}"] = kernels.sample_backward(*arguments)
+        results[f"dh {k}"] = dh if case[1].dtype.kind == "c" else dh.real
+    *arrays, L = ladder_arguments(D, n, L, dt, dtype)
+    dk, h, log_dt = map(put, arrays)
+    results["k"] = kernels.ladder_forward(h, log_dt, L)
+    results["ladder dh"], results["ladder dlog_dt"] = kernels.ladder_backward(dk, h, log_dt, L)
+    return results
+
+
+class Readable:
+    """The readable forms of ref/hope.py with the signatures of ref/kernels/hope.py"""
+
+    @staticmethod
+    def sample_forward(*args):
+        return hope.sample_forward(*args)[0]
+
+    @staticmethod
+    def sample_backward(dg, *args):
+        return hope.sample_backward(dg, hope.sample_forward(*args)[1])
+
+    @staticmethod
+    def ladder_forward(*args):
+        return hope.ladder_forward(*args)[0]
+
+    @staticmethod
+    def ladder_backward(dk, *args):
+        return hope.ladder_backward(dk, hope.ladder_forward(*args)[1])
+
+
+def compare(ours, theirs, tolerance, axis=None):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert error(ours[name], theirs[name], axis) < tolerance, name
 
 
 @pytest.mark.parametrize("dt", DT)
 @pytest.mark.parametrize("D, n, L", SIZES)
 def test_cuda_kernels_are_the_readable_form(memory, plain, D, n, L, dt):
-    for host, there in sampling_arguments(memory, D, n, L, dt, "float64"):
-        g, cache = hope.sample_forward(*host[1:])
-        assert error(hope_cuda.sample_forward(*there[1:]), g) < 1e-12
-        for ours, theirs in zip(
-            hope_cuda.sample_backward(*there), hope.sample_backward(host[0], cache), strict=True
-        ):
-            kind = theirs.dtype.kind
-            assert error(ours if kind == "c" else ours.real, theirs) < 1e-12
-    host, there = ladder_arguments(memory, D, n, L, dt, "float64")
-    k, cache = hope.ladder_forward(*host[1:])
-    assert error(hope_cuda.ladder_forward(*there[1:]), k) < 1e-12
-    for ours, theirs in zip(
-        hope_cuda.ladder_backward(*there), hope.ladder_backward(host[0], cache), strict=True
+    case = D, n, L, dt, "float64"
+    expected = kernel_results(Readable, np.copy, *case)
+    compare(kernel_results(hope_cuda, memory.put, *case), expected, 1e-12, axis=-1)
+
+
+@pytest.mark.skipif(PLAIN, reason="REF_PLAIN asks for no Numba")
+@pytest.mark.parametrize("dt", DT)
+@pytest.mark.parametrize("D, n, L", SIZES)
+def test_cuda_kernels_are_the_numba_twins_in_float32(memory, D, n, L, dt):
+    case = D, n, L, dt, "float32"
+    expected = kernel_results(importlib.import_module("ref.kernels.hope"), np.copy, *case)
+    compare(kernel_results(hope_cuda, memory.put, *case), expected, 5e-6, axis=-1)
+
+
+@pytest.mark.parametrize("dtype", cuda.REAL)
+def test_cuda_kernels_take_strided_arrays_and_leave_them_as_they_are(memory, dtype):
+    def strided(x):
+        y = memory.put(np.repeat(np.asfortranarray(x), 2, axis=-1))
+        return y[..., ::2]
+
+    case = 3, 5, 20, 0.1, dtype
+    given = []
+    result = kernel_results(
+        hope_cuda, lambda x: given.append((x, strided(x))) or given[-1][1], *case
+    )
+    compare(result, kernel_results(hope_cuda, memory.put, *case), 1e-30)
+    assert all((to_numpy(y) == x).all() for x, y in given)
+
+
+@pytest.mark.parametrize("dtype", cuda.REAL)
+def test_cuda_threads_share_nothing(memory, monkeypatch, dtype):
+    case = 3, 9, 200, 0.1, dtype
+    first = kernel_results(hope_cuda, memory.put, *case)
+    monkeypatch.setattr(cuda_shim.RawModule, "reverse", True)  # on a GPU this is the second run
+    compare(first, kernel_results(hope_cuda, memory.put, *case), 1e-30)
+
+
+def test_every_kernel_is_among_those_compared(machine, monkeypatch):
+    if machine is not np:
+        pytest.skip("launches are counted where the kernels run as C++")
+    monkeypatch.setattr(cuda_shim.RawModule, "launched", set())
+    kernel_results(hope_cuda, np.copy, 1, 1, 1, 1.0, "float32")
+    every = {name for path in CU_FILES for name in cuda_shim.kernels(cuda.source(path.stem))}
+    assert every == cuda_shim.RawModule.launched
+
+
+@pytest.mark.parametrize("threads", [1, 31, 32, 33, (1 << 15) - 1, 1 << 15, (1 << 15) + 1])
+def test_launch_covers_all_threads_once(monkeypatch, threads):
+    launches = []
+    fake = types.SimpleNamespace(get_function=lambda name: lambda *a: launches.append((name, *a)))
+    fake.RawModule = lambda **kwargs: fake
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    cuda.launcher.__wrapped__("hope", "float32")("some_kernel", threads, 1, 2)
+    [(name, (blocks,), (block,), arguments)] = launches
+    assert (name, arguments) == ("some_kernel", (1, 2))
+    assert (blocks - 1) * block < threads <= blocks * block and block % 32 == 0
+
+
+@pytest.mark.parametrize("dtype", cuda.REAL)
+@pytest.mark.parametrize("path", CU_FILES, ids=lambda path: path.name)
+def test_cuda_source_compiles_with_nvcc(path, dtype, tmp_path):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on PATH")
+    macro, output = f"-DREAL={cuda.REAL[dtype]}", tmp_path / "kernels.ptx"
+    command = ["nvcc", "-ptx", "-arch=sm_90", "-std=c++14", macro, "-o", output, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ptx = output.read_text()
+    assert all(f".entry {name}(" in ptx for name in cuda_shim.kernels(cuda.source(path.stem)))
+
+
+@pytest.mark.parametrize("path", CU_FILES, ids=lambda path: path.name)
+def test_cuda_source_is_what_nvrtc_takes_from_cupy(path):
+    """NVRTC has no standard headers, and CuPy writes the source out in the locale's encoding"""
+    assert "#include" not in path.read_text(encoding="utf-8")
+    assert path.read_bytes().isascii()
+
+
+# Which code runs on CuPy's arrays
+
+
+def test_kernel_modules_do_not_import_cupy():
+    code = "import ref.kernels.hope_cuda, sys; sys.exit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_twins_of_cupy_arrays(monkeypatch):
+    monkeypatch.delenv("REF_PLAIN", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    x = type("ndarray", (), {"__module__": "cupy"})()
+    assert backend.twins("hope", x) is hope_cuda
+    assert backend.twins("nn", x) is None  # there are no kernels: the readable form
+    monkeypatch.setenv("REF_PLAIN", "1")
+    assert backend.twins("hope", x) is None
+
+
+# Names used of CuPy
+
+
+def signature(function):
+    """A CuPy function's signature; those in Cython have it in their documentation's first line"""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        line = (function.__doc__ or "").partition("\n")[0]
+        parameters = re.search(r"\((.*?)\)( ->|$)", line)[1].replace("\\", "")
+        parameters = re.sub(r"\b\w+ (\w+)", r"\1", parameters)  # types before the names
+        return inspect.signature(eval(f"lambda {parameters}: 0"))
+
+
+def does_not_take(function, call, own=0):
+    """What CuPy's function does not take of a call, or None. own: 1 for a method's self"""
+    if any(isinstance(x, ast.Starred) for x in call.args) or any(
+        k.arg is None for k in call.keywords
     ):
-        assert error(ours, theirs) < 1e-12
+        return None
+    try:
+        signature(function).bind(*[0] * (len(call.args) + own), **{k.arg: 0 for k in call.keywords})
+    except TypeError as e:
+        return str(e)
+    return None
+
+
+def is_module(node):
+    """Whether an expression stands for the array module: xp, or array_module(...)"""
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", getattr(node.func, "attr", "")) == "array_module"
+    return isinstance(node, ast.Name) and node.id == "xp"
+
+
+def cupy_faults(source, cupy):
+    """What the source uses that CuPy does not have, or not with these arguments"""
+    tree, faults = ast.parse(source), []
+    calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imported = {
+        (name.asname or name.name).partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            faults += misnamed_modules(node)
+        if not isinstance(node, ast.Attribute):
+            continue
+        call, root, names = calls.get(id(node)), node, []
+        while isinstance(root, ast.Attribute):
+            root, names = root.value, [root.attr, *names]
+        problem = None
+        if is_module(root):
+            if id(node) in inner:
+                continue
+            try:
+                found = functools.reduce(getattr, names, cupy)
+            except AttributeError as e:
+                problem = str(e)
+            else:
+                problem = does_not_take(found, call) if call else None
+        elif hasattr(np.ndarray, node.attr) and not (
+            node.attr.startswith("__") or (isinstance(root, ast.Name) and root.id in imported)
+        ):
+            method = getattr(cupy.ndarray, node.attr, None)
+            if method is None:
+                problem = "CuPy's arrays do not have it"
+            elif call and call.keywords:
+                problem = does_not_take(method, call, own=1)
+        if problem:
+            faults.append(f"line {node.lineno}: {'.'.join(names)}: {problem}")
+    return faults
+
+
+def misnamed_modules(node):
+    """Array modules assigned to another name than xp, which the check would not see"""
+    pairs = [(target, node.value) for target in node.targets]
+    for target, value in pairs:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs += zip(target.elts, value.elts, strict=True)
+        elif isinstance(value, ast.Call) and is_module(value) and not is_module(target):
+            yield f"line {node.lineno}: an array module is called xp"
+
+
+def source_of_device_code():
+    """Files that name an array module: what runs on the device is in them"""
+    files = [*ROOT.glob("*.py"), *(ROOT / "ref").glob("*.py")]
+    files += [*(ROOT / "ref" / "kernels").glob("*cuda.py")]
+    return [path for path in files if re.search(r"\bxp\b|array_module", path.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("path", source_of_device_code(), ids=lambda path: path.name)
+def test_cupy_has_what_is_used_of_it(path):
+    cupy = pytest.importorskip("cupy", exc_type=ImportError)
+    assert cupy_faults(path.read_text(encoding="utf-8"), cupy) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "xp.nosuch(x)",
+        "xp.linalg.nosuch(x)",
+        "xp.add.nosuch(x, i, y)",
+        "array_module(x).nosuch",
+        "xp.sum(x, where=m)",
+        "xp.exp(x, where=m)",
+        "xp.add.at(x, i, y, where=m)",
+        "xp.tril(x, 1, 2)",
+        "x.setflags(write=False)",
+        "x.sum(initial=0)",
+        "(x + y).T.mean(where=m)",
+        "module = array_module(x)",
+        "D, module = 1, backend.array_module(x)",
+    ],
+)
+def test_the_check_of_names_finds_faults(line):
+    cupy = pytest.importorskip("cupy", exc_type=ImportError)
+    assert len(cupy_faults(line, cupy)) == 1
+
+
+def test_the_error_function_exists():
+    pytest.importorskip("cupy", exc_type=ImportError)
+    assert callable(importlib.import_module("cupyx.scipy.special").erf)
+
+
+# Strict arrays
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, h: x + h,
+        lambda x, h: h * x,
+        lambda x, h: x.__iadd__(h),
+        lambda x, h: x == h,
+        lambda x, h: np.exp(x),
+        lambda x, h: np.asarray(x),
+        lambda x, h: strict.exp(h),
+        lambda x, h: strict.stack([x, h]),
+        lambda x, h: strict.maximum([1, 2, 3], x),
+        lambda x, h: x.__setitem__(0, h[0:1]),
+        lambda x, h: x[h.astype(int)],
+        lambda x, h: x[[0, 1]],
+        lambda x, h: float(x[0]),
+        lambda x, h: int(x[0]),
+        lambda x, h: bool(x[0]),
+        lambda x, h: range(x.sum().astype(int)),
+        lambda x, h: 1 if x.sum() > 0 else 0,
+        lambda x, h: max(x),
+        lambda x, h: x.sum().item(),
+        lambda x, h: x.get(),
+        lambda x, h: x.tolist(),
+        lambda x, h: strict.fft.irfft(x + 1j, 4, 0),
+    ],
+)
+def test_strict_arrays_refuse(use):
+    with pytest.raises((TypeError, IndexError, ValueError)):
+        use(strict.asarray(np.ones(3)), np.ones(3))
+
+
+def test_strict_arrays_lack_what_cupy_lacks():
+    cupy = pytest.importorskip("cupy", exc_type=ImportError)
+    missing = next(name for name in ("frompyfunc", "nditer", "bmat") if not hasattr(cupy, name))
+    with pytest.raises(AttributeError, match="CuPy does not have it"):
+        getattr(strict, missing)
+    with pytest.raises(AttributeError, match="do not have it"):
+        strict.asarray(np.ones(3)).setflags(write=False)
+
+
+def test_strict_arrays_stay_arrays():
+    x = strict.asarray(np.arange(6.0).reshape(2, 3))
+    for y in (x[1, 2], x.sum(), x.max(axis=1)[0], strict.exp(x[0, 0]), x[0] @ x[1], 2 * x[0, 0]):
+        assert isinstance(y, strict.Array)
+    x[0] += 1  # through a view
+    x[0, 0] *= 5
+    assert backend.to_host(x)[0].tolist() == [5, 2, 3] and backend.item(x[1, 2]) == 5
+    assert (np.float32(2) * strict.asarray(np.ones(2, "float32"))).dtype == "float32"
+
+
+# Every layer and every model's training step on strict arrays, and with the CUDA kernels
+
+
+@pytest.fixture(params=["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+def xp(request, monkeypatch):
+    """An array module that is not NumPy; on CuPy with the CUDA kernels"""
+    if request.param == "strict":
+        return strict
+    return cupy_device()
+
+
+def layer_arguments(rng):
+    """Names and arguments of nn.<name>_forward, once for each of its options"""
+    B, L, D = 2, 7, 6
+    x, weight, bias = rng.standard_normal((B, L, D)), rng.standard_normal(D), rng.standard_normal(D)
+    tokens, lengths = rng.integers(0, 5, (B, L)), np.array([3, L])
+    response = np.fft.rfft(rng.standard_normal((L, D)), axis=0)
+    simple = ("gelu", "gelu_tanh", "sigmoid", "silu", "softplus", "relu", "glu")
+    yield from ((name, (x,)) for name in simple)
+    yield "linear", (x, rng.standard_normal((4, D)), rng.standard_normal(4))
+    yield "linear", (x, rng.standard_normal((4, D)))
+    yield "embedding", (tokens, rng.standard_normal((5, D)))
+    yield "layer_norm", (x, weight, bias)
+    yield "rms_norm", (x, weight)
+    for training in (True, False):
+        yield "batch_norm", (x, weight, bias, 0.1 * bias, weight**2 + 1, training)
+    yield "short_conv", (x, rng.standard_normal((D, 1, 4)), bias)
+    yield "short_conv", (x, rng.standard_normal((D, 1, 4)), None, rng.standard_normal((B, 3, D)))
+    yield "spectral_conv", (x, response)
+    for K, mode in ((L, "causal"), (3, "causal"), (L + 2, "causal"), (L, "circular")):
+        yield "fft_conv", (x, rng.standard_normal((D, K)), mode)
+    yield "fft_conv", (x, rng.standard_normal((D, 2 * L - 1)), "two-sided")
+    yield "mean_pool", (x, lengths)
+    yield "last", (x, lengths)
+    yield "softmax_cross_entropy", (x, np.where(tokens == 3, -1, tokens))
+    yield "dropout", (x, 0.3)
+
+
+LAYERS = list(layer_arguments(np.random.default_rng(0)))
+
+
+def run_layer(name, arguments, put):
+    arguments = [put(x) if isinstance(x, np.ndarray) else x for x in arguments]
+    if name == "dropout":
+        arguments.append(np.random.default_rng(1))
+    y, cache = getattr(nn, f"{name}_forward")(*arguments)
+    dy = 2.0 if y.ndim == 0 else put(np.random.default_rng(2).standard_normal(y.shape))
+    gradients = getattr(nn, f"{name}_backward")(dy, cache)
+    results = [y, *(gradients if isinstance(gradients, tuple) else (gradients,))]
+    if name == "batch_norm" and arguments[-1]:
+        results += nn.batch_norm_running(*arguments[3:5], cache)
+    return results
+
+
+@pytest.mark.parametrize("name, arguments", LAYERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_layers(xp, plain, name, arguments):
+    expected = run_layer(name, arguments, np.copy)
+    ours = run_layer(name, arguments, lambda x: backend.to_device(x, xp))
+    for a, b in zip(ours, expected, strict=True):
+        assert type(a).__module__ == xp.__name__ and a.dtype == b.dtype
+        assert error(a, b) < 1e-12
+
+
+def test_no_layer_is_left_out():
+    every = {name[: -len("_forward")] for name in vars(nn) if name.endswith("_forward")}
+    assert every == {name for name, _ in LAYERS}
+
+
+DROPOUT, PRENORM = {"dropout": 0.2}, {"prenorm": True}
+CAUSAL, BOTH = {"conv": "causal"}, {"bidirectional": True}
+PUBLISHED, REAL = BOTH | {"layout": "published"}, {"markov": "real"}
+# model, options of its layer, options of the network. No batch norm upon batch norm: the second's
+# mean is rounding, in which no two computations agree.
+STEPS = [
+    ("hope", DROPOUT, {}),
+    ("hope", REAL | PRENORM | {"norm": "rms"}, {"tokens": False}),
+    (
+        "hope",
+        PRENORM | {"norm": "batch", "convention": "lra"},
+        {"decoder": "last", "final_norm": True},
+    ),
+    ("hope", BOTH | DROPOUT | {"norm": "batch"}, {"decoder": "last"}),
+    ("hope", BOTH | REAL, {"tokens": False, "final_norm": True}),
+    ("hope", PUBLISHED | {"norm": "rms"}, {"final_norm": True}),
+    ("hope", PUBLISHED | REAL | {"train_markov": False}, {}),
+    ("hope", CAUSAL | PRENORM | DROPOUT, {"decoder": "lm", "tied": True}),
+    ("hope", CAUSAL | REAL | PRENORM | {"norm": "batch"}, {"decoder": "lm", "final_norm": True}),
+    ("hope", {"conv": "identity"}, {"decoder": "lm", "tokens": False}),
+]
+
+
+def step_id(value):
+    return ",".join(map(str, value.values())) if isinstance(value, dict) else value
+
+
+def configuration(model, layer, net):
+    small = {"d_model": 6, "d_state": 8, "dt_min": 0.05}
+    layer = network.model_module(model).Config(**small | layer)
+    return network.Config(model, layer, n_layers=2, d_input=9, d_output=9, **net)
+
+
+def test_no_option_is_left_out():
+    configs = [configuration(*step) for step in STEPS]
+    assert {cfg.model for cfg in configs} == set(network.MODELS)
+    assert {cfg.decoder for cfg in configs} == set(network.DECODERS)
+    layers = [cfg.layer for cfg in configs if cfg.model == "hope"]
+    for option, values in {
+        "conv": {"circular", "causal", "identity"},
+        "norm": {"layer", "rms", "batch"},
+        "layout": {"paper", "published"},
+        "markov": {"complex", "real"},
+        "convention": {"minimal", "lra"},
+        "bidirectional": {False, True},
+        "prenorm": {False, True},
+        "train_markov": {False, True},
+    }.items():
+        assert {getattr(layer, option) for layer in layers} == values
+
+
+def train(cfg, xp, dtype, L=10):
+    """Two training steps and an evaluation.   -> everything computed on the way, by name"""
+
+    def put(x):
+        return backend.to_device(x, xp)
+
+    rng, results = np.random.default_rng(3), {}
+    params = {name: put(p) for name, p in network.init(cfg, rng, dtype).items()}
+    moments = optim.adamw_init(params)
+    rates = {"main": (0.01, 0.1), "ssm": (0.001, 0.1), "dt": (0.001,), "frozen": (0.0,)}
+    groups = {name: optim.Group(*rates[g]) for name, g in network.groups(params, cfg).items()}
+    tokens, values = rng.integers(0, 9, (3, L), "uint8"), rng.standard_normal((3, L, 9))
+    x = tokens if cfg.tokens else values.astype(dtype)
+    targets = rng.integers(-1, 9, (3, L) if cfg.decoder == "lm" else 3)
+    lengths = None if cfg.decoder == "lm" else put(np.array([1, L - 3, L]))
+    x, targets = put(x), put(targets)
+    for step in (1, 2):
+        y, cache = network.forward(params, x, cfg, lengths, rng)
+        results[f"{step} y"] = to_numpy(y).copy()
+        loss, softmax = nn.softmax_cross_entropy_forward(y, targets, consume_logits=step == 2)
+        dx, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, softmax), cache)
+        norm = optim.gradient_norm(grads)
+        grads = optim.clip(grads, norm, 0.5 * norm)
+        scale = optim.warmup_cosine(step, 10, 2)
+        optim.adamw_update(params, grads, moments, step, groups, scale)
+        params |= network.running_statistics(params, cache)
+        assert isinstance(norm, float)
+        results |= {f"{step} loss": to_numpy(loss), f"{step} norm": np.asarray(norm)}
+        results |= {f"{step} d {name}": to_numpy(g) for name, g in grads.items()}
+        results |= {f"{step} dx": to_numpy(dx)} if dx is not None else {}
+    results |= {name: to_numpy(p) for name, p in (params | moments).items()}
+    results["evaluation"] = to_numpy(network.forward(params, x, cfg, None)[0])
+    return results
+
+
+@pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
+def test_decoding_and_looking(xp, plain, model, layer, net):
+    """What is not part of training: the recurrent step, the operator as kernel and as matrix"""
+    cfg = configuration(model, layer, net).layer
+    module = network.model_module(model)
+    params = module.block_init(cfg, np.random.default_rng(4), "float64")
+    x = np.random.default_rng(5).standard_normal((2, 4, cfg.d_model))
+
+    def run(xp):
+        p, y = (
+            {name: backend.to_device(v, xp) for name, v in params.items()},
+            backend.to_device(x, xp),
+        )
+        results = {}
+        if cfg.causal:
+            state = module.state(p, cfg, 2)
+            for t in range(4):
+                results[f"y {t}"], state = module.step(p, y[:, t], state, cfg)
+            results |= state
+        if cfg.conv != "identity":
+            results["matrix"] = module.matrix(p, cfg, L=4)
+            results["singular values"] = hope.hankel_singular_values(p["H"][:, :3])
+            published = module.to_published(p, cfg, "block")
+            results |= module.from_published(published, cfg, "block")
+        assert all(array.__class__.__module__ == xp.__name__ for array in results.values())
+        return results
+
+    compare(run(xp), run(np), 1e-12 if xp is strict else 1e-9)
+
+
+@pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
+def test_training_step(xp, monkeypatch, model, layer, net):
+    cfg = configuration(model, layer, net)
+    with monkeypatch.context() as m:
+        m.setenv("REF_PLAIN", "1")
+        expected = train(cfg, np, "float64")
+    compare(train(cfg, xp, "float64"), expected, 1e-12 if xp is strict else 1e-9)
+
+
+@pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
+def test_training_step_stays_in_float32(xp, plain, model, layer, net):
+    results = train(configuration(model, layer, net), xp, "float32")
+    wrong = {name: x.dtype for name, x in results.items() if x.dtype != "float32"}
+    assert [name for name in wrong if not name.endswith("norm")] == []
+
+
+@pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
+def test_training_step_with_cuda_kernels(machine, plain, monkeypatch, model, layer, net):
+    cfg = configuration(model, layer, net)
+    expected = train(cfg, np, "float64")
+    monkeypatch.setattr(hope, "twins", lambda model, x: hope_cuda)
+    compare(train(cfg, machine, "float64"), expected, 1e-9)
