@@ -9,7 +9,7 @@ from ref import Error
 
 
 def write_atomically(path, content):
-    """Write bytes under a temporary name in the same folder, then rename.   Error: the folder or disk refuses"""
+    """Write bytes under another name in the same folder, then rename.   Error: the disk refuses"""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def write_atomically(path, content):
 def check_writable(folder):
     """Error when no file can be made in folder, or in the nearest folder above it that exists"""
     existing = folder
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent
     probe = existing / f".{secrets.token_hex(8)}.tmp"
     try:
@@ -38,14 +38,21 @@ def check_writable(folder):
         raise Error(f"Cannot write {folder}: {e.strerror or e}.") from e
 
 
+def remove_leftovers(folder):
+    """Delete what write_atomically leaves when the process is killed in it"""
+    for leftover in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
 def read_json(path):
     """The object in a JSON file.   Error: missing or not JSON"""
     try:
         return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise Error(
-            f"cannot read {path}: {getattr(e, 'strerror', None) or 'it is not JSON'}."
-        ) from e
+    except OSError as e:
+        raise Error(f"Cannot read {path}: {e.strerror or e}.") from e
+    except (ValueError, RecursionError) as e:
+        raise Error(f"Cannot read {path}: it is not JSON.") from e
 
 
 def write_tensors(path, tensors, metadata):
@@ -59,7 +66,7 @@ def write_tensors(path, tensors, metadata):
 
 
 def read_tensors(path):
-    """-> tensors {name: array}, metadata {str: str}.   Error: missing, truncated, or no safetensors file
+    """-> tensors {name: array}, metadata {str: str}.   Error: missing, cut, or no safetensors file
 
     bfloat16 and float16 come as ml_dtypes' and NumPy's types of that name.
     """

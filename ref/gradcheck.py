@@ -112,7 +112,9 @@ def _nn_pair(name, arrays, others):
     base = name.partition(" ")[0]
 
     def forward(arrays):
-        given = dict(others)
+        dtype = next(iter(arrays.values())).dtype  # running moments follow the arrays
+        floats = {n: v for n, v in others.items() if getattr(v, "dtype", None) == np.float64}
+        given = others | {n: v.astype(dtype) for n, v in floats.items()}
         if "rng" in given:
             given["rng"] = np.random.default_rng(given["rng"])
         return getattr(nn, f"{base}_forward")(**arrays, **given)

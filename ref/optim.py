@@ -59,7 +59,8 @@ def warmup_cosine(step, total, warmup):
 
 def gradient_norm(grads):
     """The Euclidean norm of all gradients together, a Python float"""
-    return math.sqrt(sum(item((g * g).sum(dtype="float64")) for g in grads.values()))
+    squares = ((g.astype("float64") ** 2).sum() for g in grads.values())  # no overflow in float32
+    return math.sqrt(sum(item(s) for s in squares))
 
 
 def clip(grads, norm, largest):

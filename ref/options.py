@@ -1,12 +1,15 @@
-"""Command-line options from the fields of configuration dataclasses, shared by train.py and `python -m ref`."""
+"""What train.py and `python -m ref` share: options from the fields of dataclasses, exit codes."""
 
+import contextlib
 import dataclasses
+import os
+import sys
 
 import click
 
 
 def named(arguments, option):
-    """The value that `option` has among arguments not parsed yet: which options exist depends on the model"""
+    """The value of `option` in arguments not parsed yet: the model decides which options exist"""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith(option + "="):
             return argument.partition("=")[2]
@@ -16,38 +19,57 @@ def named(arguments, option):
 
 
 def options_of(*configs):
-    """One click option for each field of the dataclasses (--d-model, --bidirectional/--no-bidirectional), absent
-    unless given; a field that two of them have is one option"""
+    """One click option for each field of the dataclasses (--d-model, --prenorm/--no-prenorm)
+
+    It is absent unless given; a field that two of them have is one option.
+    """
     fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
     return [_option(field) for field in fields.values() if field.type in (bool, int, float, str)]
 
 
 def _option(field):
     name = field.name.replace("_", "-")
-    default = "" if field.default is dataclasses.MISSING else f"{field.default} by default."
+    default = "" if field.default is dataclasses.MISSING else f"[{field.default}]"
     if field.type is bool:
+        default = f"[{name if field.default else 'no-' + name}]"
         return click.Option([f"--{name}/--no-{name}", field.name], default=None, help=default)
     return click.Option([f"--{name}", field.name], type=field.type, default=None, help=default)
 
 
 def run_command(command, arguments, name):
-    """Run a click command: 0, or 2 for wrong usage, 1 for everything else that failed, with sentences on stderr"""
-    import sys
-
+    """Run a click command: 0, or with a sentence on stderr 2 for wrong usage, 1 for all else that failed"""
     from ref import Error
 
+    with contextlib.suppress(AttributeError):  # a line is seen when it is written, also on a pipe
+        sys.stdout.reconfigure(line_buffering=True, errors="surrogateescape")
     try:
         status = command.main(arguments, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as e:
+        e.ctx = None  # the sentence alone, without the usage lines
         e.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)
-        return 1
+        return _failed("Interrupted.")
     except MemoryError:
-        print("Error: out of memory; use a smaller batch, length or width.", file=sys.stderr)
-        return 1
+        return _failed("Error: out of memory; use a smaller batch, length or width.")
     except Error as e:
-        print(f"Error: {e}", file=sys.stderr)
-        return 1
+        return _failed(f"Error: {e}")
+    except OSError as e:
+        if e.filename is None:
+            _give_up_output()
+        if isinstance(e, BrokenPipeError):
+            return 1
+        return _failed(f"Error: {e.filename or 'the output'}: {e.strerror or e}.")
     return status if isinstance(status, int) else 0
+
+
+def _failed(sentence):
+    print(sentence, file=sys.stderr)
+    return 1
+
+
+def _give_up_output():
+    """Standard output has failed: what its buffer holds goes nowhere, or it would fail again at exit"""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

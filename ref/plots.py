@@ -66,6 +66,8 @@ def trained_layers(run):
 
 def curves(run, path):
     """Loss and accuracy against steps from RUN/metrics.jsonl, training averaged, validation as points, baselines dashed"""
+    if not (run / "metrics.jsonl").is_file():
+        raise Error(f"{run} is not the folder of a run: it has no metrics.jsonl.")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [entry for entry in lines if "loss" in entry]
     valid = [entry for entry in lines if "valid_loss" in entry]

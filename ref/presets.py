@@ -1,24 +1,52 @@
-"""Recipes: how a model is trained on a data set. `small` is ours, for two CPU cores and about ten minutes; `paper` is
-the published recipe. A preset sets fields of the model's Config and of Recipe; what it does not name keeps its default.
+"""Recipes: how a model is trained on a data set. `small` is ours, for two CPU cores and about ten
+minutes; `paper` is the published recipe. A preset sets fields of the model's Config and of Recipe;
+what it does not name keeps its default.
+
+Preset and options make the settings of a run; config.json is their JSON.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
-from ref import Error
+from ref import Error, network
 from ref.backend import check_choice
+from ref.files import read_json
 
 PRESETS = ("small", "paper")
 
 
 @dataclass(frozen=True)
+class Run:
+    """What is trained on what, where, and how long."""
+
+    model: str
+    data: str
+    preset: str = "small"
+    seed: int = 0  # of weights, batches and dropout
+    data_seed: int = 0  # of generated data sets
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int = 0  # 0: all cores
+    minutes: float = 0.0  # train at most so long; 0: no limit
+    data_dir: str = ""  # "": $REF_DATA_DIR or the user's cache
+
+    def __post_init__(self):
+        check_choice("preset", self.preset, PRESETS)
+        check_choice("dtype", self.dtype, ("float32", "float64"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("seed", "data_seed", "threads", "minutes"):
+            if not getattr(self, name) >= 0:
+                raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Everything about a run that is not the model's layer. Rates are per step, decays are AdamW's."""
+    """All about a run that is not the model's layer. Rates are per step, decays are AdamW's."""
 
     n_layers: int = 4
     decoder: str = "mean"
     batch_size: int = 32
     steps: int = 0  # optimiser steps; 0: epochs decide
-    epochs: float = 1.0
+    epochs: float = 0.0  # passes over the training data; 0 as well: minutes decide
     lr: float = 2e-3
     weight_decay: float = 0.01
     ssm_lr: float = 1e-3  # of the state-space parameters (hope: H)
@@ -47,52 +75,53 @@ class Recipe:
         ):
             if not getattr(self, name) >= 0:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
-        if not (self.steps or self.epochs):
-            raise Error("steps=0 and epochs=0: nothing to train.")
+        if self.steps and self.epochs:
+            raise Error(f"steps={self.steps} and epochs={self.epochs}: give one of the two.")
 
 
 _RECIPES = {
     ("hope", "lra-listops"): {
-        "small": dict(
-            d_model=64,
-            n_layers=4,
-            d_state=64,
-            convention="lra",
-            bidirectional=True,
-            dt_min=1e-3,
-            dt_max=1.0,
-            norm="batch",
-            batch_size=32,
-            steps=2000,
-            lr=4e-3,
-            weight_decay=0.03,
-            ssm_lr=1e-3,
-            dt_lr=1e-3,
-            warmup=100,
-        ),
-        # The LRA pipeline's convention (n = d_state, scale_factor 2) with the layer as the paper has it: both directions
-        # on the full circle, trained Markov parameters. Its shipped code froze them: train_markov=False.
-        "paper": dict(
-            d_model=128,
-            n_layers=8,
-            d_state=64,
-            convention="lra",
-            bidirectional=True,
-            dt_min=1e-4,
-            dt_max=1.0,
-            norm="batch",
-            dropout=0.0,
-            batch_size=20,
-            steps=800_000,
-            lr=2e-3,
-            weight_decay=0.03,
-            ssm_lr=1e-3,
-            dt_lr=0.0,
-            warmup=5000,
-            clip=0.0,
-            eval_every=4800,
-            log_every=100,
-        ),
+        "small": {
+            "d_model": 64,
+            "n_layers": 4,
+            "d_state": 64,
+            "convention": "lra",
+            "bidirectional": True,
+            "dt_min": 1e-3,
+            "dt_max": 1.0,
+            "norm": "batch",
+            "batch_size": 32,
+            "steps": 2000,
+            "lr": 4e-3,
+            "weight_decay": 0.03,
+            "ssm_lr": 1e-3,
+            "dt_lr": 1e-3,
+            "warmup": 100,
+        },
+        # The LRA pipeline's convention (n = d_state, scale_factor 2) with the layer as the paper
+        # has it: both directions on the full circle, trained Markov parameters. Its shipped code
+        # froze them: train_markov=False.
+        "paper": {
+            "d_model": 128,
+            "n_layers": 8,
+            "d_state": 64,
+            "convention": "lra",
+            "bidirectional": True,
+            "dt_min": 1e-4,
+            "dt_max": 1.0,
+            "norm": "batch",
+            "dropout": 0.0,
+            "batch_size": 20,
+            "steps": 800_000,
+            "lr": 2e-3,
+            "weight_decay": 0.03,
+            "ssm_lr": 1e-3,
+            "dt_lr": 0.0,
+            "warmup": 5000,
+            "clip": 0.0,
+            "eval_every": 4800,
+            "log_every": 100,
+        },
     },
 }
 
@@ -103,6 +132,74 @@ def preset(model, data, name):
     found = _RECIPES.get((model, data), {}).get(name)
     if found is None and name == "paper":
         raise Error(
-            f"there is no published recipe of {model} on {data} here; use --preset small and set what differs."
+            f"there is no published recipe of {model} on {data} here; "
+            "use --preset small and set what differs."
         )
-    return dict(found or {})
+    return dict(found or {"epochs": 1.0})
+
+
+# The settings of a run
+
+
+def make_settings(options):
+    """Everything that decides a run, as config.json keeps it: the preset, then the options given
+
+    options: field name -> value.   Error: a value that is not one, or does not go with another.
+    """
+    run = _made(Run, options)
+    layer_class = network.model_module(run.model).Config
+    chosen = preset(run.model, run.data, run.preset)
+    if run.minutes or options.keys() & {"steps", "epochs"}:
+        chosen |= {"steps": 0, "epochs": 0.0}  # what is given decides how long it takes
+    chosen |= options
+    layer, recipe = _made(layer_class, chosen), _made(Recipe, chosen)
+    if not (recipe.steps or recipe.epochs or run.minutes):
+        raise Error("steps, epochs and minutes are all 0: nothing to train.")
+    # What no data set can make possible is refused before any is loaded.
+    network.Config(run.model, layer, recipe.n_layers, 1, 1, decoder=recipe.decoder)
+    return asdict(run) | {"layer": asdict(layer), "recipe": asdict(recipe)}
+
+
+def changed(settings, options):
+    """The settings with other values for fields of Run.   Error: a value that is not one"""
+    return settings | asdict(_made(Run, settings | options))
+
+
+def read_settings(path):
+    """The settings in a config.json.   Error: missing, damaged, or with other fields than ours"""
+    saved = read_json(path)
+    try:
+        _check_names(saved, {f.name for f in fields(Run)} | {"layer", "recipe", *RECORDED})
+        layer_class = network.model_module(saved["model"]).Config
+        _check_names(saved["layer"], {f.name for f in fields(layer_class)})
+        _check_names(saved["recipe"], {f.name for f in fields(Recipe)})
+        run = {f.name: saved[f.name] for f in fields(Run)}
+        return saved | make_settings(run | saved["layer"] | saved["recipe"])
+    except Error as e:
+        raise Error(f"{path} is not as this program writes it: {e}") from e
+
+
+RECORDED = ("machine", "data_checksum")  # what a run adds to its settings in config.json
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _made(cls, values):
+    """cls from those of the values that it has.   Error: one is of another type, or not finite"""
+    kinds = {f.name: f.type for f in fields(cls)}
+    own = {name: value for name, value in values.items() if name in kinds}
+    for name, value in own.items():
+        kind = float if kinds[name] is float and type(value) is int else kinds[name]
+        if type(value) is not kind:
+            raise Error(f"{name}={value!r}: expected {_KINDS[kind]}.")
+        if kind in (int, float) and not abs(value) < 2**53:
+            raise Error(f"{name}={value}: expected a number below 2**53.")
+    return cls(**own)
+
+
+def _check_names(values, names):
+    if not isinstance(values, dict):
+        raise Error(f"expected an object with {', '.join(sorted(names))}.")
+    if missing := sorted(names - values.keys()):
+        raise Error(f"{', '.join(missing)} is missing.")
+    if unknown := sorted(values.keys() - names):
+        raise Error(f"{', '.join(unknown)} is not known.")

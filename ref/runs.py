@@ -1,6 +1,8 @@
-"""What a training run keeps and shows: checkpoint, metrics, progress bar, the wish to stop, the time budget."""
+"""What a training run keeps and shows: checkpoint, metrics, progress, interrupts, time budget."""
 
+import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -8,125 +10,181 @@ import sys
 import time
 
 import numpy as np
+import scipy
 from tqdm import tqdm
 
-from ref import Error, backend
+from ref import Error, __version__, backend, network
 from ref.files import read_tensors, write_atomically, write_tensors
 
 FORMAT = "ref-checkpoint-1"
+DIVERGED = "Training has diverged: try again with a smaller --lr, or with --clip."
 
 
-def machine():
+def machine(xp):
     """What decides the rounding of a run besides its settings"""
+    import numba
+
     return {
+        "program": __version__,
         "processor": platform.machine(),
+        "device": device_name(xp),
         "threads": backend.threads(),
         "BLAS core type": backend.blas_core(),
         "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "kernels": "readable form" if backend.plain() else f"numba {numba.__version__}",
     }
 
 
+def device_name(xp):
+    """cpu, or cuda with the name of the card"""
+    if xp is np:
+        return "cpu"
+    return f"cuda ({xp.cuda.runtime.getDeviceProperties(0)['name'].decode()})"
+
+
+def data_checksum(data):
+    """Of all samples of all splits, in order"""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (data.train, data.valid, data.test):
+        for array in (split.values, split.offsets, split.targets):
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def check_same(settings, now):
+    """Whether a run can go on here: a warning where rounding will differ.   Error: other data"""
+    if settings["data_checksum"] != now["data_checksum"]:
+        raise Error("the data are not those of the run. Name their folder with --data-dir.")
+    then, now = settings["machine"], now["machine"]
+    differ = [
+        f"{what} was {then.get(what)} and is {now.get(what)}"
+        for what in now | then
+        if then.get(what) != now.get(what)
+    ]
+    if differ:
+        print(
+            f"Warning: {', '.join(differ)}: the results will differ in rounding.", file=sys.stderr
+        )
+
+
 def save_checkpoint(path, params, moments, state):
-    """Parameters, optimiser moments, and how far the run is; random numbers and batches follow from seed and step"""
+    """Parameters, optimiser moments, and how far the run is
+
+    Random numbers and batches follow from seed and step.   Error: a value is not finite, or the
+    file cannot be written; the checkpoint before stays.
+    """
     tensors = {f"param.{name}": backend.to_host(p) for name, p in params.items()}
     tensors |= {f"adamw.{name}": backend.to_host(p) for name, p in moments.items()}
-    write_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
+    if not all(np.isfinite(t).all() for t in tensors.values()):
+        raise Error(f"a parameter is not finite after step {state['step']}. {DIVERGED}")
+    text = json.dumps(state)
+    metadata = {"format": FORMAT, "state": text, "sha256": _checksum(tensors, text)}
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path, params, moments):
     """-> params, moments, state.   Error: missing, damaged, or of another configuration"""
     tensors, metadata = read_tensors(path)
-    expected = {f"param.{n}": p for n, p in params.items()} | {
-        f"adamw.{n}": p for n, p in moments.items()
-    }
+    expected = {f"param.{n}": p for n, p in params.items()}
+    expected |= {f"adamw.{n}": p for n, p in moments.items()}
     if metadata.get("format") != FORMAT:
         raise Error(
-            f"{path} is not a checkpoint of this program (format {metadata.get('format')!r}, not {FORMAT!r})."
+            f"{path} is not a checkpoint of this program: its format is "
+            f"{metadata.get('format')!r}, not {FORMAT!r}."
         )
+    if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
+        raise Error(f"{path} is damaged: its checksum differs.")
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = tensors.get(name), expected.get(name)
         if have is None or want is None or have.shape != want.shape or have.dtype != want.dtype:
             what = ["nothing" if t is None else f"{t.dtype} {t.shape}" for t in (have, want)]
             raise Error(
-                f"{path} is of another configuration: {name} is {what[0]} there, {what[1]} in config.json."
+                f"{path} is of another configuration: {name} is {what[0]} there, "
+                f"{what[1]} in config.json."
             )
-    state = json.loads(metadata["state"])
-    return (
-        {n: tensors[f"param.{n}"] for n in params},
-        {n: tensors[f"adamw.{n}"] for n in moments},
-        state,
-    )
+    params = {n: tensors[f"param.{n}"] for n in params}
+    moments = {n: tensors[f"adamw.{n}"] for n in moments}
+    return params, moments, json.loads(metadata["state"])
+
+
+def _checksum(tensors, state):
+    digest = hashlib.sha256(state.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {t.shape}\n".encode())
+        digest.update(np.ascontiguousarray(t))
+    return digest.hexdigest()
 
 
 class Log:
-    """metrics.jsonl: one object a line. On resume, lines after the checkpoint's step are dropped."""
+    """metrics.jsonl: one object a line. Lines after the step to resume from are dropped."""
 
-    def __init__(self, out, step):
-        self.path, self.recent, self.evaluated = out / "metrics.jsonl", [], 0
+    def __init__(self, out, step, recent, every):
+        self.path, self.recent, self.every, self.evaluated = out / "metrics.jsonl", recent, every, 0
         kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that was being written when the process was killed
-                if entry["step"] <= step:
-                    kept.append(line)
-                    self.evaluated = entry["step"] if "valid_loss" in entry else self.evaluated
-        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
-        self.file = self.path.open("a")
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            try:
+                entry = json.loads(line)
+                known, validated = entry["step"] <= step, "valid_loss" in entry
+            except (ValueError, TypeError, KeyError):
+                continue  # the line that was being written when the process was killed
+            if known:
+                kept.append(line + b"\n")
+                self.evaluated = entry["step"] if validated else self.evaluated
+        write_atomically(self.path, b"".join(kept))
+        self.file = self.path.open("ab", buffering=0)
 
     def write(self, **entry):
+        """One line.   Error: the disk refuses"""
         self.evaluated = entry["step"] if "valid_loss" in entry else self.evaluated
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        line = (json.dumps(entry) + "\n").encode()
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("the disk is full")
+        except OSError as e:
+            raise Error(f"Cannot write {self.path}: {e.strerror or e}.") from e
 
-    def add(self, step, loss, accuracy, norm, lr, epoch, seconds, every):
-        self.recent = [*self.recent[-49:], (loss, accuracy)]
-        if step % every == 0:
-            means = np.mean(self.recent[-every:], axis=0)
-            entry = {"loss": means[0], "accuracy": means[1], "gradient_norm": norm, "lr": lr}
-            self.write(step=step, epoch=epoch, **entry, seconds=round(seconds, 2))
+    def add(self, step, loss, accuracy, **entry):
+        """After a training step: a line for the first and every `every`-th, of means since the last"""
+        self.recent = [*self.recent, (loss, accuracy)][-max(self.every, 50) :]
+        if step == 1 or step % self.every == 0:
+            loss, accuracy = np.mean(self.recent[-self.every :], axis=0)
+            self.write(step=step, loss=loss, accuracy=accuracy, **entry)
 
     def running(self):
         """Mean loss and accuracy of the last steps"""
-        return np.mean(self.recent, axis=0)
-
-    def flush(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        return np.mean(self.recent[-50:], axis=0)
 
 
 class Progress:
-    """A bar with loss, accuracy, speed and time left; plain lines where the output is no terminal."""
+    """A bar with loss, accuracy, speed and time left; plain lines where there is no terminal."""
 
     def __init__(self, step, total):
         self.bar = tqdm(
             initial=step,
-            total=total,
+            total=total if math.isfinite(total) else None,
             unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self.started, self.first, self.printed = time.monotonic(), step, time.monotonic()
+        self.first, self.started = step, time.monotonic()
+        self.printed = self.started
 
     def update(self, step, total, loss, accuracy):
-        now = time.monotonic()
+        now, known = time.monotonic(), math.isfinite(total)
         if not self.bar.disable:
-            self.bar.total = total
+            self.bar.total = total if known else None
             self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
             self.bar.update(1)
         elif now - self.printed > 15 or step == total:
             rate = (step - self.first) / (now - self.started)
-            left = (total - step) / rate / 60
-            print(
-                f"step {step}/{total}  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.2f} step/s  {left:.1f} min left",
-                flush=True,
-            )
+            of, left = f"/{total}", f"  {(total - step) / rate / 60:.1f} min left"
+            now_at = f"step {step}{of if known else ''}  loss {loss:.3f}  accuracy {accuracy:.3f}"
+            print(f"{now_at}  {rate:.2f} step/s{left if known else ''}")
             self.printed = now
 
     def say(self, line):
-        self.bar.write(line, file=sys.stdout) if not self.bar.disable else print(line, flush=True)
+        self.bar.write(line, file=sys.stdout) if not self.bar.disable else print(line)
 
     def __enter__(self):
         return self
@@ -136,7 +194,7 @@ class Progress:
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask the loop to stop after the current step; asked twice, the process ends at once."""
+    """SIGINT and SIGTERM ask the loop to stop after the current step; asked twice, it ends at once."""
 
     asked = False
 
@@ -146,8 +204,9 @@ class Interrupt:
 
     def _ask(self, number, frame):
         if self.asked:
-            sys.exit(1)
+            raise KeyboardInterrupt
         self.asked = True
+        os.write(2, b"\nStopping after this step; once more ends at once.\n")  # safe in a handler
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
@@ -155,25 +214,53 @@ class Interrupt:
 
 
 class Budget:
-    """How many steps fit into `minutes`: found from the speed of the first tenth, then fixed for good."""
+    """The time a run may take.
 
-    def __init__(self, minutes, fixed):
-        self.seconds, self.fixed, self.first = (
-            60 * minutes if minutes else float("inf"),
-            fixed,
-            None,
-        )
+    Where it decides the number of steps too (`total` is infinite until then), that is found from the
+    speed of the first tenth of the time, and holds for good.
+    """
+
+    def __init__(self, minutes):
+        self.seconds, self.first = 60 * minutes if minutes else math.inf, None
 
     def spent(self, seconds):
         """Whether the time is over"""
         return seconds >= self.seconds
 
-    def steps(self, step, total, seconds):
+    def total(self, step, total, seconds):
         """The number of steps of the run, after `step` of them in `seconds`"""
         if self.first is None:
             self.first = (step, seconds)  # compilation ends with the first step
-        if self.fixed or seconds < 0.1 * self.seconds or step == self.first[0]:
+        if math.isfinite(total) or seconds < 0.1 * self.seconds or step == self.first[0]:
             return total
-        self.fixed = True
         rate = (step - self.first[0]) / (seconds - self.first[1])
         return step + max(1, int((self.seconds - seconds) * rate))
+
+
+def memory_estimate(params, cfg, batch_size, length):
+    """Bytes of a training step on the longest batch
+
+    Four times the parameters, and the activations in proportion to those of a short batch.
+    """
+    x = np.zeros(
+        (1, 64) if cfg.tokens else (1, 64, cfg.d_input),
+        "int32" if cfg.tokens else params["encoder.weight"].dtype,
+    )
+    _, cache = network.forward(params, x, cfg, rng=np.random.default_rng(0))
+    own = {id(p.base if p.base is not None else p) for p in params.values()}
+    activations = sum(nbytes for key, nbytes in _arrays(cache).items() if key not in own)
+    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * activations * batch_size * length / 64
+
+
+def _arrays(tree):
+    """id -> bytes of every array in nested tuples, lists and dicts"""
+    if isinstance(tree, np.ndarray):
+        owner = tree.base if isinstance(tree.base, np.ndarray) else tree
+        return {id(owner): owner.nbytes}
+    children = (
+        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    )
+    found = {}
+    for child in children:
+        found |= _arrays(child)
+    return found

@@ -1,4 +1,4 @@
-"""CUDA C as C++ on NumPy arrays: `RawModule` stands in for CuPy's."""
+"""CUDA C as C++: `RawModule` stands in for CuPy's, for kernels on strict arrays."""
 
 import ctypes
 import functools
@@ -48,6 +48,7 @@ class RawModule:
         return functools.partial(self.launch, name)
 
     def launch(self, name, grid, block, arguments):
+        arguments = [x if isinstance(x, int) else x._x for x in arguments]
         codes = ctypes.create_string_buffer(64)
         getattr(self.library, f"signature_{name}")(codes)
         given = "".join("q" if isinstance(x, int) else x.dtype.char for x in arguments)

@@ -1,0 +1,106 @@
+"""Encoder, stack, decoder: gradients are in test_hope; here lengths, batches, names, and bad input."""
+
+import numpy as np
+import pytest
+from conftest import error
+
+from ref import Error, hope, network
+
+
+def make(rng, tokens=True, decoder="mean", tied=False, final_norm=False, n_layers=2, **layer):
+    cfg = network.Config(
+        "hope",
+        hope.Config(**dict(d_model=6, d_state=8) | layer),
+        n_layers=n_layers,
+        d_input=9,
+        d_output=9 if tied else 4,
+        tokens=tokens,
+        decoder=decoder,
+        tied=tied,
+        final_norm=final_norm,
+    )
+    return cfg, network.init(cfg, rng, "float64")
+
+
+def test_pooling_looks_at_a_sequence_s_own_length():
+    rng = np.random.default_rng(0)
+    x, lengths = rng.integers(0, 9, (2, 12)), np.array([5, 12])
+    for decoder in ("mean", "last"):
+        cfg, params = make(rng, decoder=decoder, conv="causal")
+        y, _ = network.forward(params, x, cfg, lengths)
+        alone, _ = network.forward(params, x[:1, :5], cfg)
+        assert error(y[0], alone[0]) < 1e-12
+        other = x.copy()
+        other[0, 5:] = 0
+        assert error(network.forward(params, other, cfg, lengths)[0], y) < 1e-12
+
+
+def test_a_batch_is_its_samples():
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng, bidirectional=True, norm="batch")
+    x = rng.integers(0, 9, (5, 8))
+    y, _ = network.forward(params, x, cfg)
+    for i in range(5):
+        assert error(network.forward(params, x[i : i + 1], cfg)[0], y[i : i + 1]) < 1e-12
+
+
+def test_a_language_model_is_causal_and_decodes_step_by_step():
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng, decoder="lm", tied=True, conv="causal", prenorm=True, final_norm=False)
+    x = rng.integers(0, 9, (2, 10))
+    y, _ = network.forward(params, x, cfg)
+    assert y.shape == (2, 10, 9)
+    changed = x.copy()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 9
+    assert error(network.forward(params, changed, cfg)[0][:, :6], y[:, :6]) < 1e-12
+    layers = [network.layer_params(params, i) for i in range(2)]
+    states = [hope.state(p, cfg.layer, 2) for p in layers]
+    for t in range(10):
+        z = params["encoder.weight"][x[:, t]]
+        for i, p in enumerate(layers):
+            z, states[i] = hope.step(p, z, states[i], cfg.layer)
+        assert error(z @ params["encoder.weight"].T, y[:, t]) < 1e-10
+
+
+def test_published_names_both_ways():
+    rng = np.random.default_rng(0)
+    for tokens in (True, False):
+        cfg, params = make(rng, tokens=tokens, bidirectional=True, norm="batch")
+        tensors = network.to_published(params, cfg)
+        assert tensors["s4_layers.1.kernel.H"].shape == (12, 4, 2)
+        assert tensors["s4_layers.0.output_linear.0.weight"].shape == (12, 6, 1)
+        assert "norms.1.running_var" in tensors
+        back = network.from_published(tensors, cfg)
+        assert back.keys() == params.keys()
+        assert all((back[n] == params[n]).all() for n in params)
+
+
+def test_groups():
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng, norm="batch")
+    groups = network.groups(params, cfg)
+    assert groups["blocks.H"] == "ssm" and groups["blocks.log_dt"] == "dt"
+    assert groups["blocks.norm_mean"] == "frozen" and groups["blocks.W"] == "main"
+    cfg, params = make(rng, train_markov=False)
+    assert network.groups(params, cfg)["blocks.H"] == "frozen"
+
+
+def test_bad_input_gets_its_sentence():
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng)
+    x = np.zeros((2, 5), int)
+    for wrong, lengths, sentence in (
+        (x + 9, None, "token 9 is outside the vocabulary of 9"),
+        (x - 1, None, "token -1 is outside"),
+        (x[0], None, "expected \\(B, L\\) tokens"),
+        (x[:, :0], None, "at least 1"),
+        (x, np.array([0, 5]), "lengths must lie between 1 and 5"),
+        (x, np.array([5, 6]), "lengths must lie between 1 and 5"),
+    ):
+        with pytest.raises(Error, match=sentence):
+            network.forward(params, wrong, cfg, lengths)
+    for settings in (dict(n_layers=0), dict(decoder="lm"), dict(decoder="middle"), dict(tied=True)):
+        with pytest.raises(Error):
+            make(rng, **settings)
+    with pytest.raises(Error, match="model='hop' is not known"):
+        network.model_module("hop")

@@ -1,0 +1,226 @@
+"""The layers of ref/nn.py and the blocks: derivatives, other forms of the same map, precision, odd input."""
+
+import numpy as np
+import pytest
+from conftest import error
+
+from ref import Error, backend, block, gradcheck, nn
+
+PAIRS = gradcheck.nn_pairs(np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients(name):
+    forward, backward, arrays = PAIRS[name]
+    errors = gradcheck.check_pair(forward, backward, arrays)
+    assert errors and max(errors.values()) < gradcheck.TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_twins_are_the_readable_form_and_float32_stays_float32(name, plain):
+    forward, backward, arrays = PAIRS[name]
+    rng = np.random.default_rng(1)
+    dy = rng.standard_normal(np.shape(forward(arrays)[0]))
+
+    def results(arrays, dy):
+        y, cache = forward(arrays)
+        return [np.asarray(y), *backward(dy, cache).values()]
+
+    exact, readable = results(arrays, dy), plain(results, arrays, dy)
+    assert max(map(error, exact, readable)) < 1e-13
+    low = {"float64": "float32", "complex128": "complex64"}
+    single = {n: a.astype(low[a.dtype.name]) for n, a in arrays.items()}
+    for run in (results, lambda *args: plain(results, *args)):
+        rounded = run(single, dy.astype("float32"))
+        kept = [low[r.dtype.name] for r in exact]
+        assert [r.dtype.name for r in rounded] == kept
+        assert max(map(error, rounded, exact)) < 1e-5
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 7, 64, 127])
+def test_convolutions_are_their_sums(L):
+    rng = np.random.default_rng(L)
+    x = rng.standard_normal((2, L, 3))
+    t = np.arange(L)
+    for mode, K in (
+        ("causal", L),
+        ("causal", 2 * L + 1),
+        ("causal", 1),
+        ("circular", L),
+        ("circular", 1),
+        ("two-sided", 2 * L - 1),
+    ):
+        k = rng.standard_normal((3, K))
+        lag = t[:, None] - t[None, :]
+        taps = np.concatenate([k, np.zeros((3, 2 * L))], axis=1)
+        if mode == "causal":
+            M = np.where(lag >= 0, taps[:, lag], 0)
+        elif mode == "circular":
+            M = taps[:, lag % L]
+        else:
+            M = k[:, L - 1 + lag]
+        y, _ = nn.fft_conv_forward(x, k, mode)
+        assert error(y, np.einsum("dts,bsd->btd", M, x)) < 1e-13
+
+
+def test_convolutions_refuse_kernels_that_do_not_fit():
+    x = np.zeros((1, 4, 2))
+    for mode, K in (("circular", 5), ("two-sided", 8), ("sideways", 4)):
+        with pytest.raises(Error):
+            nn.fft_conv_forward(x, np.zeros((2, K)), mode)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_short_convolution_step_by_step_and_cut_in_two(K):
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal((2, 9, 3)), rng.standard_normal((3, 1, K)), rng.standard_normal(3)
+    y, _ = nn.short_conv_forward(x, w, b)
+    direct = b + sum(w[:, 0, K - 1 - i] * np.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :9] for i in range(K))
+    assert error(y, direct) < 1e-14
+    state = np.zeros((2, K - 1, 3))
+    for t in range(9):
+        y_t, state = nn.short_conv_step(x[:, t], state, w, b)
+        assert error(y_t, y[:, t]) < 1e-14
+    before = x[:, 5 - (K - 1) : 5]
+    assert error(nn.short_conv_forward(x[:, 5:], w, b, before)[0], y[:, 5:]) < 1e-14
+
+
+def test_activations_do_not_overflow(plain):
+    x = np.array([-1e4, -100.0, -1.0, 0.0, 1.0, 100.0, 1e4])
+    for dtype in ("float32", "float64"):
+        for name in ("gelu", "gelu_tanh", "sigmoid", "silu", "softplus", "relu", "glu"):
+            a = np.stack([x, x], axis=-1).astype(dtype)
+            for run in (lambda f, *args: f(*args), plain):
+                y, cache = run(getattr(nn, f"{name}_forward"), a)
+                dx = run(getattr(nn, f"{name}_backward"), np.ones_like(y), cache)
+                assert np.isfinite(y).all() and np.isfinite(dx).all(), (name, dtype)
+    assert nn.softplus_forward(np.array([1e4]))[0] == 1e4
+
+
+def test_cross_entropy_of_large_logits_and_of_nothing():
+    logits = np.array([[1e4, 0.0], [-1e4, 1e4]])
+    loss, cache = nn.softmax_cross_entropy_forward(logits, np.array([0, 1]))
+    assert loss == 0 and not nn.softmax_cross_entropy_backward(1.0, cache).any()
+    loss, cache = nn.softmax_cross_entropy_forward(logits, np.array([-1, -1]))
+    assert loss == 0 and not nn.softmax_cross_entropy_backward(1.0, cache).any()
+
+
+def test_only_consume_logits_destroys_its_input():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((4, 5)), np.array([0, 1, -1, 4])
+    before = logits.copy()
+    loss, cache = nn.softmax_cross_entropy_forward(logits, targets)
+    kept = nn.softmax_cross_entropy_backward(1.0, cache)
+    assert (logits == before).all()
+    other, cache = nn.softmax_cross_entropy_forward(logits, targets, consume_logits=True)
+    assert other == loss and (nn.softmax_cross_entropy_backward(1.0, cache) == kept).all()
+    assert (logits != before).any()
+
+
+def test_batch_norm_running_statistics():
+    rng = np.random.default_rng(0)
+    x = 3 + 2 * rng.standard_normal((4, 50, 3))
+    params = block.norm_init("batch", 3, np, "float64")
+    for _ in range(200):
+        _, cache = block.norm_forward(params, x, "batch", True)
+        params |= block.norm_running(params, cache)
+    assert error(params["norm_mean"], x.reshape(-1, 3).mean(axis=0)) < 1e-8
+    assert error(params["norm_var"], x.reshape(-1, 3).var(axis=0, ddof=1)) < 1e-8
+    y, _ = block.norm_forward(params, x, "batch", False)
+    assert abs(y.mean()) < 1e-8 and abs(y.std() - 1) < 0.01
+
+
+def test_batch_norm_of_one_row_and_of_a_large_mean():
+    one = np.ones((1, 1, 2), "float32")
+    params = block.norm_init("batch", 2, np, "float32")
+    y, cache = block.norm_forward(params, one, "batch", True)
+    assert not y.any()
+    assert all(np.isfinite(v).all() for v in block.norm_running(params, cache).values())
+    x = (1e3 + np.random.default_rng(0).standard_normal((8, 1000, 2))).astype("float32")
+    y, _ = block.norm_forward(params, x, "batch", True)
+    exact = x.astype("float64")
+    exact = (exact - exact.mean(axis=(0, 1))) / exact.std(axis=(0, 1))
+    assert error(y, exact) < 2e-4  # x itself carries 6e-5 of its deviation
+
+
+def test_dropout_keeps_the_mean_and_is_its_seed():
+    x = np.ones((4, 1000, 20), "float32")
+    y, _ = nn.dropout_forward(x, 0.25, np.random.default_rng(0))
+    again, _ = nn.dropout_forward(x, 0.25, np.random.default_rng(0))
+    assert (y == again).all() and set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+    assert abs(y.mean() - 1) < 0.01
+    for p, rng in ((0.25, None), (0, np.random.default_rng(0))):
+        assert nn.dropout_forward(x, p, rng)[0] is x
+
+
+def test_layers_agree_with_pytorch():
+    torch = pytest.importorskip("torch", reason="torch is not installed: no comparison with it")
+    F, rng = torch.nn.functional, np.random.default_rng(0)
+    x, g, b = rng.standard_normal((3, 11, 6)), rng.standard_normal(6), rng.standard_normal(6)
+    w = rng.standard_normal((6, 1, 4))
+    logits, targets = rng.standard_normal((8, 9)), np.array([0, -1, 3, 8, 2, -1, 1, 1])
+
+    def tensors(*arrays):
+        return [torch.tensor(a, requires_grad=a.dtype.kind == "f") for a in arrays]
+
+    def causal(x, w, b):
+        return F.conv1d(F.pad(x.mT, (3, 0)), w, b, groups=6).mT
+
+    def batch_norm(x, g, b):
+        return F.batch_norm(x.mT, None, None, g, b, training=True).mT
+
+    def ours_batch_norm(x, g, b):
+        return nn.batch_norm_forward(x, g, b, None, None, True)
+
+    for ours, backward, theirs, arrays in (
+        (nn.layer_norm_forward, nn.layer_norm_backward, lambda *a: F.layer_norm(a[0], (6,), *a[1:]), (x, g, b)),
+        (nn.rms_norm_forward, nn.rms_norm_backward, lambda x, g: F.rms_norm(x, (6,), g, 1e-5), (x, g)),
+        (ours_batch_norm, nn.batch_norm_backward, batch_norm, (x, g, b)),
+        (nn.gelu_forward, nn.gelu_backward, F.gelu, (x,)),
+        (nn.gelu_tanh_forward, nn.gelu_tanh_backward, lambda x: F.gelu(x, approximate="tanh"), (x,)),
+        (nn.silu_forward, nn.silu_backward, F.silu, (x,)),
+        (nn.softplus_forward, nn.softplus_backward, F.softplus, (x,)),
+        (nn.glu_forward, nn.glu_backward, F.glu, (x,)),
+        (nn.short_conv_forward, nn.short_conv_backward, causal, (x, w, b)),
+        (
+            lambda x: nn.softmax_cross_entropy_forward(x, targets),
+            nn.softmax_cross_entropy_backward,
+            lambda x: F.cross_entropy(x, torch.tensor(targets), ignore_index=-1),
+            (logits,),
+        ),
+    ):
+        y, cache = ours(*arrays)
+        inputs = tensors(*arrays)
+        expected = theirs(*inputs)
+        assert error(y, expected.detach().numpy()) < 1e-12
+        dy = np.asarray(rng.standard_normal(np.shape(y)))
+        expected.backward(torch.tensor(dy))
+        grads = backward(dy, cache)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        for grad, tensor in zip(grads, inputs, strict=False):
+            assert error(grad, tensor.grad.numpy()) < 1e-12
+
+
+def test_long_sums_do_not_lose_float32():
+    rng = np.random.default_rng(0)
+    dy = (1 + rng.random((8, 4096, 3))).astype("float32")
+    _, cache = nn.linear_forward(dy, np.eye(3, dtype="float32"), np.zeros(3, "float32"))
+    db = nn.linear_backward(dy, cache)[2]
+    assert error(db, dy.astype("float64").sum(axis=(0, 1))) < 1e-6
+
+
+def test_recycled_memory_is_not_shared():
+    """A block goes back to the pool only when the last view of it is gone"""
+    empty = backend.empty.__wrapped__ if hasattr(backend.empty, "__wrapped__") else backend.empty
+    a = empty((300, 300), "float64")
+    a[:] = 1
+    view = a[10:]
+    address = a.ctypes.data
+    del a
+    b = empty((300, 300), "float64")
+    b[:] = 2
+    assert (view == 1).all()
+    del view
+    c = empty((300, 300), "float64")
+    assert c.ctypes.data == address
+    assert empty((0, 5), "float32").shape == (0, 5) and empty((), "float32").shape == ()
