@@ -1,7 +1,7 @@
 """Train a model on a data set: python train.py --model hope --data lra-listops
 
-One explicit loop, in `run`. Everything it does at a step is a pure function of (settings, step), so a run that was
-killed and resumed ends with the same bits as one that was not.
+One explicit loop, in `run`. What it does at a step is a pure function of (settings, step), so a run
+that was killed and resumed ends with the same bits as one that was not.
 """
 
 import json
@@ -21,11 +21,9 @@ from ref.files import check_writable, remove_leftovers, write_atomically
 from ref.options import named, options_of, run_command
 
 
-@np.errstate(
-    all="ignore"
-)  # what is not finite is looked for in the loss, the gradient and before saving
+@np.errstate(all="ignore")  # the loop itself looks for what is not finite
 def run(settings, out, resume_command, resume=False, eval_only=False):
-    """Train or resume the run that `settings` (config.json) describes, in folder out; -> what result.json says"""
+    """Train or resume the run that `settings` describes, in folder out; -> what result.json says"""
     if not eval_only:
         check_writable(out)
     if settings["threads"]:
@@ -66,6 +64,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
             seconds = time.monotonic() - before
             done = step >= total or (step > 0 and budget.spent(seconds))
             if step and (step % recipe.eval_every == 0 or done) and log.evaluated < step:
+                progress.evaluating()
                 loss, accuracy = evaluate(
                     params, cfg, data.valid, data, recipe.batch_size, interrupt
                 )
@@ -96,8 +95,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
             loss, norm = backend.item(loss), optim.gradient_norm(grads)
             if not math.isfinite(loss + norm):
                 raise Error(
-                    f"the loss is {loss} and the gradient's norm {norm} at step {step}; the last checkpoint is of "
-                    f"step {state['step']}. {runs.DIVERGED}"
+                    f"the loss is {loss} and the gradient's norm {norm} at step {step}; the last "
+                    f"checkpoint is of step {state['step']}. {runs.DIVERGED}"
                 )
             if recipe.clip:
                 grads = optim.clip(grads, norm, recipe.clip)
@@ -113,6 +112,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
             progress.update(step, total, *log.running())
 
         if not interrupt.asked:
+            progress.evaluating()
             test = evaluate(params, cfg, data.test, data, recipe.batch_size, interrupt)
 
     if interrupt.asked:
@@ -121,10 +121,9 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
     result = report(test, data, state)
     write_json(out / "result.json", result)
     draw_curves(out)
-    if step < total:
-        print(
-            f"The time is over; to train on: {resume_command} --minutes {2 * settings['minutes']:g}"
-        )
+    if step < total < math.inf:
+        longer = f"--minutes {2 * settings['minutes']:g}"
+        print(f"The time is over. To train on:\n    {resume_command} {longer}")
     return result
 
 
@@ -169,7 +168,7 @@ def planned_steps(recipe, data):
 
 
 def evaluate(params, cfg, split, data, batch_size, interrupt=None):
-    """-> mean loss in nats and accuracy over all samples of a split.   Error: the loss is not finite"""
+    """-> mean loss in nats and accuracy over a split.   Error: the loss is not finite"""
     loss = correct = 0.0
     xp = backend.array_module(params["encoder.weight"])
     for batch in data_sets.eval_batches(split, data, batch_size):
@@ -186,12 +185,13 @@ def evaluate(params, cfg, split, data, batch_size, interrupt=None):
 
 
 def report(test, data, state):
-    """Print loss and accuracy on the test split with the trivial baselines beside them; -> what result.json says"""
+    """Print the scores on the test split beside the trivial baselines; -> what result.json says"""
     loss, accuracy = test
     step, seconds = state["step"], state["seconds"]
     planned = state["total"] if math.isfinite(state["total"]) else step
     print(
-        f"test accuracy {accuracy:.4f}, loss {loss:.4f}, after {step} of {planned} steps in {seconds / 60:.1f} minutes"
+        f"test accuracy {accuracy:.4f}, loss {loss:.4f}, "
+        f"after {step} of {planned} steps in {seconds / 60:.1f} minutes"
     )
     for name, value in data.baselines.items():
         print(f"    {name}: {value:.4f}")
@@ -207,11 +207,12 @@ def describe(settings, params, cfg, recipe, data, total, xp):
     length = f"{total:,}" if math.isfinite(total) else f"in {settings['minutes']:g} minutes as many"
     print(f"{settings['model']} on {data.name} ({sizes}; {data.source})")
     print(
-        f"{count:,} parameters, {settings['dtype']}, at most about {megabytes:,.0f} MiB, {runs.device_name(xp)}, "
-        f"seed {settings['seed']}"
+        f"{count:,} parameters, {settings['dtype']}, at most about {megabytes:,.0f} MiB, "
+        f"{runs.device_name(xp)}, seed {settings['seed']}"
     )
     print(
-        f"{backend.threads()} threads, BLAS core type {backend.blas_core()}, {length} steps of {recipe.batch_size}"
+        f"{backend.threads()} threads, BLAS core type {backend.blas_core()}, "
+        f"{length} steps of {recipe.batch_size}"
     )
     print("to beat: " + ", ".join(f"{name} {value:.4f}" for name, value in data.baselines.items()))
 
@@ -249,24 +250,27 @@ def main(arguments=None):
 def command(model):
     """The command with the options of `model`, or of all models when it is not a known one"""
     models = [model] if model in network.MODELS else network.MODELS
-    choice, option = click.Choice, click.Option
+    choice, option, positive = click.Choice, click.Option, click.FloatRange(0, min_open=True)
     preset = "small: ours, two cores and about ten minutes; paper: the published recipe. [small]"
     device = "auto: a GPU where one works. [auto]"
     minutes = "Train at most so long; without --steps or --epochs the schedule is made to end then."
-    resume = f"Go on with the run in this folder, with its settings; only {_names(CHANGEABLE)} can change."
-    number = click.IntRange(0)
+    resume = f"Go on with the run in this folder; only {_names(CHANGEABLE)} can change."
     options = [
         option(["--model"], type=choice(network.MODELS), help="The model."),
         option(["--data"], type=choice(data_sets.NAMES), help="The data set."),
         option(["--preset"], type=choice(presets.PRESETS), help=preset),
         option(["--device"], type=choice(["auto", "cpu", "cuda"]), help=device),
         option(["--dtype"], type=choice(["float32", "float64"]), help="[float32]"),
-        option(["--seed"], type=number, help="Of weights, batches and dropout. [0]"),
-        option(["--data-seed"], type=number, help="Of generated data sets. [0]"),
-        option(["--threads"], type=click.IntRange(1), help="[all cores]"),
-        option(["--minutes"], type=click.FloatRange(0, min_open=True), help=minutes),
-        option(["--data-dir"], help="Folder of the data. [$REF_DATA_DIR or the user's cache]"),
-        option(["--out"], help="Folder of the run. [runs/MODEL-DATA-SEED]"),
+        option(["--seed"], type=int, help="Of weights, batches and dropout. [0]"),
+        option(["--data-seed"], type=int, help="Of generated data sets. [0]"),
+        option(["--threads"], metavar="INTEGER", type=click.IntRange(1), help="[all cores]"),
+        option(["--minutes"], metavar="FLOAT", type=positive, help=minutes),
+        option(
+            ["--data-dir"],
+            metavar="FOLDER",
+            help="Folder of the data. [$REF_DATA_DIR or the user's cache]",
+        ),
+        option(["--out"], metavar="FOLDER", help="Folder of the run. [runs/MODEL-DATA-SEED]"),
         option(["--resume"], metavar="RUN", help=resume),
         option(
             ["--eval-only"], is_flag=True, help="With --resume: only evaluate on the test split."
@@ -278,10 +282,11 @@ def command(model):
         "train",
         params=options + options_of(presets.Recipe, *layers),
         callback=_train,
+        context_settings={"max_content_width": 100},
         help="""Train a model on a data set.
 
-        Any hyper-parameter of the model's layer or of the recipe is an option; the preset gives the rest, and what
-        it does not name is as in brackets below.
+        Any hyper-parameter of the model's layer or of the recipe is an option; the preset gives the
+        rest, and what it does not name is as in brackets below.
 
         Example: python train.py --model hope --data lra-listops --d-model 32 --steps 500
         """,
@@ -317,7 +322,7 @@ def _train(resume, eval_only, out, **options):
     for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl", "result.json"):
         if os.path.lexists(out / name):
             raise Error(
-                f"{out} holds a run already. Go on with it by --resume {out}, or choose another --out."
+                f"{out} holds a run already. Go on with it by --resume, or choose another --out."
             )
     run(settings, out, _command(out))
 
@@ -325,7 +330,8 @@ def _train(resume, eval_only, out, **options):
 def _resume(out, options, eval_only):
     if fixed := options.keys() - CHANGEABLE:
         raise click.UsageError(
-            f"--resume takes its settings from the run; it cannot be combined with {_names(sorted(fixed))}."
+            "--resume takes its settings from the run; it cannot be combined with "
+            f"{_names(sorted(fixed))}."
         )
     if not os.path.lexists(out / "config.json"):
         raise Error(f"{out} holds no run: there is no config.json in it.")
@@ -335,7 +341,7 @@ def _resume(out, options, eval_only):
 
 
 def _usable(make, *values):
-    """Settings from options; a value that is not one is wrong usage. Threads too are checked before anything else"""
+    """Settings from options, with the threads set; a value that is not one is wrong usage"""
     try:
         settings = make(*values)
         if values[-1].get("threads"):

@@ -1,4 +1,5 @@
-"""`python -m ref`: check, look at and measure the models. Only the command line; each job has a file of its own."""
+"""`python -m ref`: check, look at and measure the models. Only the command line; each job has a
+file of its own."""
 
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from ref.options import named, options_of, run_command
 
 @click.group(no_args_is_help=True)
 def main():
-    """A reference implementation of sequence models: check another implementation against it, and look at it.
+    """A reference implementation of sequence models: check another implementation against it, and
+    look at it.
 
     Example: python -m ref verify theirs.safetensors
     """
@@ -42,7 +44,8 @@ model_option = click.option(
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--quiet", is_flag=True, help="Only tensors that fail, and the count.")
 def verify(files, quiet):
-    """Recompute case files in float64 and report each tensor: normalised error, what is allowed, the worst element.
+    """Recompute case files in float64 and report each tensor:
+    normalised error, what is allowed, the worst element.
 
     Exit code 1 when any tensor of any file fails; the other files are checked all the same.
 
@@ -96,7 +99,8 @@ def _line(row):
 def case(model, part, output, precision, batch, length, seed, **settings):
     """Write a case from the reference, for another implementation to be checked against.
 
-    Example: python -m ref case --model hope --part mixer --conv causal --d-model 8 -o case.safetensors
+    Example: python -m ref case --model hope --part mixer --conv causal --d-model 8 -o
+    case.safetensors
     """
     from ref import cases
     from ref.backend import check_choice
@@ -112,7 +116,8 @@ def case(model, part, output, precision, batch, length, seed, **settings):
 @click.argument("models", nargs=-1, type=click.Choice(("nn", *network.MODELS)))
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of all arrays and directions.")
 def gradcheck(models, seed):
-    """Compare every gradient with the definition of a derivative, in float64. Without names: everything.
+    """Compare every gradient with the definition of a derivative, in float64. Without names:
+    everything.
 
     Example: python -m ref gradcheck nn hope
     """
@@ -152,7 +157,8 @@ def info(model, length, **settings):
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of the initialisation.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The PNG; WHAT.png, in RUN.")
 def plot(run, model, what, length, seed, output, **settings):
-    """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of a --model as initialised.
+    """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of a
+    --model as initialised.
 
     Example: python -m ref plot --model hope --what hankel
     """
@@ -163,6 +169,26 @@ def plot(run, model, what, length, seed, output, **settings):
     output = output or (run or Path()) / f"{what}.png"
     plots.draw(what, run, model, _given(settings), length, seed, output)
     print(output)
+
+
+@main.command()
+@click.argument("models", nargs=-1, type=click.Choice(network.MODELS))
+@click.option("--against", type=click.Choice(["torch"]), help="Also time this library's form.")
+@click.option("--rounds", default=9, type=click.IntRange(1), help="Rounds that count.")
+def bench(models, against, rounds):
+    """Time and memory, interleaved in one process, as ratios. Without names: every model.
+
+    Example: python -m ref bench hope --against torch
+    """
+    from ref import backend, bench
+
+    if against:
+        try:
+            __import__(against)
+        except ImportError as e:
+            raise Error(f"--against {against}: it is not installed (the extra `peers`).") from e
+    backend.keep_freed_memory()
+    bench.run(models or network.MODELS, against, rounds)
 
 
 if __name__ == "__main__":

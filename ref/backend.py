@@ -1,4 +1,5 @@
-"""What the models do not say: which array module, which device, which twin, how many threads, whose memory."""
+"""What the models do not say: which array module, which device, which twin, how many threads, whose
+memory."""
 
 import contextlib
 import ctypes
@@ -29,12 +30,14 @@ def plain():
 
 
 def array_module(x):
-    """The module (numpy, cupy) whose functions take x. An array type of another package brings its own."""
+    """The module (numpy, cupy) whose functions take x. An array type of another package brings its
+    own."""
     return np if isinstance(x, np.ndarray) else sys.modules[type(x).__module__.partition(".")[0]]
 
 
 def twins(model, x):
-    """The fast twins of `model` for x's kind of array: Numba, CUDA, or None where the readable form must run."""
+    """The fast twins of `model` for x's kind of array:
+    Numba, CUDA, or None where the readable form must run."""
     if plain():
         return None
     kind = array_module(x).__name__
@@ -51,7 +54,8 @@ def _cuda_twins(model):
 
 @functools.cache
 def _cupy_or_reason():
-    """(cupy, None) after a kernel, a matrix product and an FFT have run on device 0, else (None, the reason)."""
+    """(cupy, None) after a kernel, a matrix product and an FFT have run on device 0, else (None,
+    the reason)."""
     try:
         cupy = importlib.import_module("cupy")
     except Exception as e:
@@ -87,11 +91,12 @@ def to_device(x, xp):
 
 def to_host(x):
     """Any array as a NumPy array."""
-    return x if isinstance(x, np.ndarray) else x.get()
+    return np.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x.get()
 
 
 def item(x):
-    """The Python number in an array of one element. The only way from a device to the host inside a model."""
+    """The Python number in an array of one element. The only way from a device to the host inside a
+    model."""
     return x.item()
 
 
@@ -106,14 +111,13 @@ def complex_dtype(dtype):
 
 
 def check_activations(x, channels, what="x"):
-    """Border check of x (B, L, channels).   Error: another shape or precision, or an empty array."""
+    """Border check of x (B, L, channels).   Error: another shape or precision, or an empty
+    array."""
     if x.dtype.name not in _COMPLEX:
-        raise Error(
-            f"{what} has dtype {x.dtype}; the models compute in float32 or float64: convert it first."
-        )
+        raise Error(f"{what} has dtype {x.dtype}; the models compute in float32 or float64.")
     if x.ndim != 3 or x.shape[2] != channels or 0 in x.shape:
         raise Error(
-            f"{what} has shape {tuple(x.shape)}; expected (B, L, {channels}) with B and L at least 1."
+            f"{what} has shape {tuple(x.shape)}; expected (B, L, {channels}), B and L at least 1."
         )
 
 
@@ -127,13 +131,14 @@ def check_choice(what, value, choices):
 
 
 def rfft(x, n, axis):
-    """Real FFT of length n along axis; SciPy's on the host (NumPy's is several times slower in float32)."""
+    """Real FFT of length n along axis; SciPy's on the host (NumPy's is several times slower in
+    float32)."""
     xp = array_module(x)
     return scipy.fft.rfft(x, n, axis, workers=threads()) if xp is np else xp.fft.rfft(x, n, axis)
 
 
 def irfft(X, n, axis):
-    """Inverse of rfft, 1/n included. The imaginary parts of bins 0 and n/2 have no effect."""
+    """Inverse of rfft, 1/n included. Bins 0 and n/2 must be real: cuFFT does not ignore the rest."""
     xp = array_module(X)
     return scipy.fft.irfft(X, n, axis, workers=threads()) if xp is np else xp.fft.irfft(X, n, axis)
 
@@ -181,7 +186,8 @@ def set_threads(n):
 
 
 def blas_core():
-    """The core type that NumPy's BLAS chose, such as 'Haswell': results are the same bits only for the same one."""
+    """The core type that NumPy's BLAS chose, such as 'Haswell':
+    results are the same bits only for the same one."""
     found = {
         i.get("architecture") for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"
     }
@@ -192,7 +198,8 @@ def blas_core():
 
 
 class _Block:
-    """Memory lent to one array and its views; when the last of them is gone it returns to the pool."""
+    """Memory lent to one array and its views; when the last of them is gone it returns to the
+    pool."""
 
     def __init__(self, nbytes):
         global _free_bytes
@@ -217,9 +224,11 @@ _SMALL = 1 << 16  # below this, malloc is as fast and touches no fresh pages
 
 
 def empty(shape, dtype):
-    """An uninitialised host array from recycled memory: first touch of fresh pages costs more than most kernels.
+    """An uninitialised host array from recycled memory:
+    first touch of fresh pages costs more than most kernels.
 
-    A block goes back when the last array on it is gone, so results may be kept for as long as one likes.
+    A block goes back when the last array on it is gone, so results may be kept for as long as one
+    likes.
     """
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -233,7 +242,8 @@ def empty(shape, dtype):
 
 
 def keep_freed_memory():
-    """Ask glibc to reuse freed memory rather than give it back: NumPy's temporaries then touch no fresh pages.
+    """Ask glibc to reuse freed memory rather than give it back:
+    NumPy's temporaries then touch no fresh pages.
 
     For programs of our own (train.py, bench), not for import: it holds for the whole process.
     """

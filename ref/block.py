@@ -1,4 +1,5 @@
-"""What blocks of several models share: the choice of a norm, the residual branch, the S4 family's GELU-GLU tail."""
+"""What blocks of several models share: the choice of a norm, the residual branch, the S4 family's
+GELU-GLU tail."""
 
 import math
 
@@ -8,7 +9,8 @@ NORMS = ("layer", "rms", "batch")
 
 
 def norm_init(kind, D, xp, dtype):
-    """Parameters of the norm `kind`: norm_weight; norm_bias; for batch the running norm_mean and norm_var"""
+    """Parameters of the norm `kind`: norm_weight; norm_bias; for batch the running norm_mean and
+    norm_var"""
     params = {"norm_weight": xp.ones(D, dtype=dtype)}
     if kind != "rms":
         params["norm_bias"] = xp.zeros(D, dtype=dtype)
@@ -42,7 +44,8 @@ def norm_backward(dy, cache):
 
 
 def norm_running(params, cache):
-    """The running moments after norm_forward's training batch, by name; none unless the norm is batch"""
+    """The running moments after norm_forward's training batch, by name; none unless the norm is
+    batch"""
     kind, cache = cache
     if kind != "batch":
         return {}
@@ -78,7 +81,8 @@ def gelu_glu_backward(dy, cache):
 
 
 def residual_forward(params, x, cfg, mixer_forward, rng):
-    """x (B, L, D) -> x + dropout(mixer(norm(x))), or norm(x + dropout(mixer(x))) where cfg.prenorm is false"""
+    """x (B, L, D) -> x + dropout(mixer(norm(x))), or norm(x + dropout(mixer(x))) where cfg.prenorm
+    is false"""
     training, norm = rng is not None, None
     z = x
     if cfg.prenorm:

@@ -1,7 +1,9 @@
-"""The case format `ssm-case-1`: write cases, read them, recompute them, and say where another implementation differs.
+"""The case format `ssm-case-1`: write cases, read them, recompute them, and say where another
+implementation differs.
 
-A case is a safetensors file with inputs `in.*`, parameters `param.*` under their published names, upstream gradients
-`dout.*`, and what came of them: `out.*`, `grad.in.*`, `grad.param.*`. Recomputing reads the first three only.
+A case is a safetensors file with inputs `in.*`, parameters `param.*` under their published names,
+upstream gradients `dout.*`, and what came of them: `out.*`, `grad.in.*`, `grad.param.*`.
+Recomputing reads the first three only.
 """
 
 import contextlib
@@ -82,19 +84,22 @@ def write_case(path, case):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a model, in the form that cases need: published tensors in, published tensors out."""
+    """One part of a model, in the form that cases need:
+    published tensors in, published tensors out."""
 
     model: str
     part: str
     cfg: object  # the model's Config; of a network, network.Config
 
     def template(self):
-        """name -> array: the published tensors that the part has, from a fixed seed, none of them 0 or 1 throughout"""
+        """name -> array: the published tensors that the part has, from a fixed seed, none of them 0
+        or 1 throughout"""
         rng = np.random.default_rng(0)
         return self.init(rng)
 
     def init(self, rng):
-        """Published tensors of a random part, float64; noise on top, so that no parameter is at a special value"""
+        """Published tensors of a random part, float64; noise on top, so that no parameter is at a
+        special value"""
         if self.part == "network":
             params = network.init(self.cfg, rng, "float64")
         else:
@@ -103,7 +108,8 @@ class Part:
         return self._to_published(params)
 
     def run(self, tensors, inputs, douts=None):
-        """-> {"out.*": ...}, with douts also {"grad.in.*", "grad.param.*"}.   No rng: no dropout, running moments"""
+        """-> {"out.*": ...}, with douts also {"grad.in.*", "grad.param.*"}.   No rng:
+        no dropout, running moments"""
         module, x = self._module(), inputs["x"]
         if self.part == "network":
             params = network.from_published(tensors, self.cfg)
@@ -135,7 +141,8 @@ class Part:
 
 
 def part_of(case):
-    """The Part that a case is about, its widths read off the tensors.   Error: unknown model, part or setting"""
+    """The Part that a case is about, its widths read off the tensors.   Error:
+    unknown model, part or setting"""
     module = network.model_module(case.model)
     _check_part(module, case.model, case.part)
     return Part(case.model, case.part, part_config(case, module))
@@ -253,7 +260,8 @@ class Row:
 
 
 def verify(case):
-    """Recompute a case and compare every out.* and grad.* tensor that it has -> list of Row.   Error: as compute"""
+    """Recompute a case and compare every out.* and grad.* tensor that it has -> list of Row.
+    Error: as compute"""
     reference = compute(case)
     claims = {n: t for n, t in case.tensors.items() if n.startswith(("out.", "grad."))}
     if not claims:
@@ -291,7 +299,8 @@ def _ulp(precision):
 
 
 def _unavoidable(case, reference):
-    """name -> the largest normalised deviation over recomputations with everything off by up to half an ulp"""
+    """name -> the largest normalised deviation over recomputations with everything off by up to
+    half an ulp"""
     part, half = part_of(case), 0.5 * _ulp(case.precision)
     sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
     worst = dict.fromkeys(reference, 0.0)
@@ -306,7 +315,8 @@ def _unavoidable(case, reference):
 
 
 def _perturb(x, half, rng):
-    """x with every element off by a relative amount of at most `half`; anything but floating arrays as it is"""
+    """x with every element off by a relative amount of at most `half`; anything but floating arrays
+    as it is"""
     if isinstance(x, np.ndarray) and x.dtype.kind in "fc":
         return x * (1 + half * rng.uniform(-1, 1, x.shape))
     return x
@@ -314,8 +324,9 @@ def _perturb(x, half, rng):
 
 @contextlib.contextmanager
 def perturbed(half, rng, module):
-    """While this is open, every result of the pairs in ref.nn and in a model's module is perturbed: the named
-    intermediates (projections, kernels, gates, convolutions, pooled features) as a lower precision would round them"""
+    """While this is open, every result of the pairs in ref.nn and in a model's module is perturbed:
+    the named intermediates (projections, kernels, gates, convolutions, pooled features) as a lower
+    precision would round them"""
     before = []
 
     def wrap(f):
@@ -348,8 +359,8 @@ def _as_tuple(result):
 
 
 def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
-    """A Case from the reference: inputs and parameters drawn, rounded to the precision, everything else computed from
-    them in float64 and rounded once"""
+    """A Case from the reference: inputs and parameters drawn, rounded to the precision, everything
+    else computed from them in float64 and rounded once"""
     module, rng = network.model_module(model), np.random.default_rng(seed)
     if B < 1 or L < 1:
         raise Error(f"B={B}, L={L}: both at least 1.")

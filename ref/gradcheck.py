@@ -1,4 +1,5 @@
-"""The definition of a derivative, for every input and every parameter of every pair, each on its own."""
+"""The definition of a derivative, for every input and every parameter of every pair, each on its
+own."""
 
 import numpy as np
 
@@ -9,7 +10,8 @@ TOLERANCE = 1e-8  # correct code stays below 1e-9; a planted fault is never belo
 
 
 def directional_error(f, x, g, rng, step=STEP):
-    """The error of the gradient g (like x) of the scalar function f at x (float64), along one random direction v.
+    """The error of the gradient g (like x) of the scalar function f at x (float64), along one
+    random direction v.
 
     A four-point stencil, exact to step⁴, against <g, v>; normalised by |g| |v| / sqrt(size).
     """
@@ -65,11 +67,13 @@ CONFIGURATIONS = {
 }
 
 
-# The layers of ref/nn.py: name -> (arrays, forward of them, names of the gradients that backward returns)
+# The layers of ref/nn.py: name -> (arrays, forward of them, names of the gradients that backward
+# returns)
 
 
 def nn_pairs(rng):
-    """name -> (forward, backward, arrays), odd sizes that all differ, biases and starting values not zero"""
+    """name -> (forward, backward, arrays), odd sizes that all differ, biases and starting values
+    not zero"""
     B, L, D, E, V, K = 2, 7, 5, 3, 11, 4
 
     def normal(*shape):
@@ -99,6 +103,7 @@ def nn_pairs(rng):
         "fft_conv causal long": ({"x": x, "k": normal(D, L + 6)}, {"mode": "causal"}),
         "fft_conv circular": ({"x": x, "k": normal(D, 5)}, {"mode": "circular"}),
         "fft_conv two-sided": ({"x": x, "k": normal(D, 2 * L - 1)}, {"mode": "two-sided"}),
+        "skip": ({"y": normal(B, L, D), "D": normal(D), "x": x}, {}),
         "mean_pool": ({"x": x}, {"lengths": lengths}),
         "last": ({"x": x}, {"lengths": lengths}),
         "softmax_cross_entropy": ({"logits": normal(B, L, V)}, {"targets": targets}),

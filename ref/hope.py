@@ -1,39 +1,44 @@
-"""HOPE-SSM.  Yu, Mahoney, Erichson: HOPE for a Robust Parameterization of Long-memory State Space Models, ICLR 2025,
-arXiv 2405.13975, Algorithm 1.
+"""HOPE-SSM.  Yu, Mahoney, Erichson: HOPE for a Robust Parameterization of Long-memory State Space
+Models, ICLR 2025, arXiv 2405.13975, Algorithm 1.
 
-A linear system is learned through its Markov parameters h_i = C Aⁱ B, the entries of its Hankel matrix, not through
-A, B and C. With sampling period Δ = dt, on the FFT nodes w_j = exp(2πi j/L):
+A linear system is learned through its Markov parameters h_i = C Aⁱ B, the entries of its Hankel
+matrix, not through A, B and C. With sampling period Δ = dt, on the FFT nodes w_j = exp(2πi j/L):
 
-    Ḡ(z) = Σ_{i<n} h_i z^-(i+1)                                                     transfer function             (1)
-    w'_j = ((1+Δ) w_j + Δ-1) / ((Δ-1) w_j + Δ+1) = exp(i θ'_j)                      where it is sampled           (2)
-    y = Re ifft(fft(u) Ḡ(w')) + D u                                                 the operator                  (3)
-    θ'_j = 2 atan2(sin(θ_j/2), Δ cos(θ_j/2)),  θ_j = 2π j/L                         (2) without singular point    (4)
-    1/w' = (1 - a z)/(z - a) = A(z),  a = (1-Δ)/(1+Δ)                               an all-pass section           (5)
-    q_t = s_{t-1} - a p_t,  s_t = a q_t + p_t                                       one section, p in, q out      (6)
+    Ḡ(z) = Σ_{i<n} h_i z^-(i+1)                                  transfer function            (1)
+    w'_j = ((1+Δ) w_j + Δ-1) / ((Δ-1) w_j + Δ+1) = exp(i θ'_j)   where it is sampled          (2)
+    y = Re ifft(fft(u) Ḡ(w')) + D u                              the operator                 (3)
+    θ'_j = 2 atan2(sin(θ_j/2), Δ cos(θ_j/2)),  θ_j = 2π j/L      (2) without singular point   (4)
+    1/w' = (1 - a z)/(z - a) = A(z),  a = (1-Δ)/(1+Δ)            an all-pass section          (5)
+    q_t = s_{t-1} - a p_t,  s_t = a q_t + p_t                    one section, p in, q out     (6)
 
-(3) is a circular convolution. By (5) the system is also a ladder of n all-pass sections, Ḡ = Σ h_i A^(i+1): the causal
-convolution and the recurrent step are exact, with n real states a channel.
+(3) is a circular convolution. By (5) the system is also a ladder of n all-pass sections,
+Ḡ = Σ h_i A^(i+1): the causal convolution and the recurrent step are exact, with n real states a
+channel.
 
-    parameter   shape                   letters: B batch, L length, D channels, n Markov parameters, d directions (1, 2)
-    H           (dD, n, 2) or (dD, n)   h, complex as (re, im), or real; backward direction in the second half
-    log_dt      (dD,)                   log Δ
-    D           (D,)                    skip
-    W, b        (2D, D), (2D,)          output projection before the GLU
-    norm_*      (D,)                    of the block
+    parameter  shape                  B batch, L length, D channels, n Markov parameters, d
+    directions
+    H          (dD, n, 2) or (dD, n)  h, complex as (re, im), or real; second half: backward
+    log_dt     (dD,)                  log Δ
+    D          (D,)                   skip
+    W, b       (2D, D), (2D,)         output projection before the GLU
+    norm_*     (D,)                   of the block
 
-For real u the imaginary part of h has no effect on (3): Re ifft(U g) keeps the Hermitian part of g, which is (1) with
-Re h. So the map needs real h, L//2+1 nodes and rfft only; complex h loads, and Im h gets a gradient of exactly zero.
+For real u the imaginary part of h has no effect on (3): Re ifft(U g) keeps the Hermitian part of g,
+which is (1) with Re h. So the map needs real h, L//2+1 nodes and rfft only; complex h loads, and
+Im h gets a gradient of exactly zero.
 
 Differences from the published code (HOPE-SSM):
-- It does not zero-pad, so (3) is circular there as in the paper: conv="circular". conv="causal" and `step` are new.
-- Its bidirectional layer samples both directions on L/2 nodes that go once round the whole circle and joins them to one
-  spectrum [g_f, reversed g_b]: layout="published", for checking its checkpoints (L even; there Im h matters).
-  layout="paper" is y = Re ifft(fft(u) (Ḡ_f(w') + Ḡ_b(conj w'))) + D u.
+- It does not zero-pad, so (3) is circular there as in the paper: conv="circular". conv="causal" and
+  `step` are new.
+- Its bidirectional layer samples both directions on L/2 nodes that go once round the whole circle
+  and joins them to one spectrum [g_f, reversed g_b]: layout="published", for checking its
+  checkpoints (L even; there Im h matters). layout="paper" is the clean form,
+  y = Re ifft(fft(u) (Ḡ_f(w') + Ḡ_b(conj w'))) + D u.
 - Its LRA pipeline joins [x, flip(x)] as halves of one 2L spectrum; not offered here.
-- Its LRA pipeline hands the weight decay over as the learning rate of h: with the shipped configuration (0.0) ListOps,
-  IMDB and AAN train with frozen random h. train_markov=False does so on purpose.
-- n is d_state/2 in its minimal class and d_state in its LRA pipeline, and h is scaled by 1/(2 sqrt(d_state)) and by
-  1/(scale_factor sqrt(n)): convention="minimal" and "lra".
+- Its LRA pipeline hands the weight decay over as the learning rate of h: with the shipped
+  configuration (0.0) ListOps, IMDB and AAN train with frozen random h; so does train_markov=False.
+- n is d_state/2 in its minimal class and d_state in its LRA pipeline, and h is scaled by
+  1/(2 sqrt(d_state)) and by 1/(scale_factor sqrt(n)): convention="minimal" and "lra".
 """
 
 import math
@@ -72,7 +77,8 @@ class Config:
         check_choice("norm", self.norm, block.NORMS)
         if self.d_model < 1 or self.n < 1:
             raise Error(
-                f"d_model={self.d_model}, d_state={self.d_state}: at least one channel and state is needed."
+                f"d_model={self.d_model}, d_state={self.d_state}: expected a channel and a state "
+                "at least."
             )
         if not 0 < self.dt_min <= self.dt_max or not 0 <= self.dropout < 1:
             raise Error("expected 0 < dt_min <= dt_max and 0 <= dropout < 1.")
@@ -82,7 +88,8 @@ class Config:
             )
         if self.layout == "published" and not (self.bidirectional and self.conv == "circular"):
             raise Error(
-                "layout='published' is a bidirectional circular layer: set bidirectional=True, conv='circular'."
+                "layout='published' is a bidirectional circular layer: set bidirectional=True and "
+                "conv='circular'."
             )
 
     @property
@@ -125,7 +132,8 @@ def operator_init(cfg, rng, dtype="float32"):
 
 
 def sample_forward(h, log_dt, L, J):
-    """(1) at the first J of the L nodes (4).   h (D, n) real or complex, log_dt (D,) -> g (D, J) complex"""
+    """(1) at the first J of the L nodes (4).   h (D, n) real or complex, log_dt (D,) -> g (D, J)
+    complex"""
     if twin := twins("hope", h):
         return twin.sample_forward(h, log_dt, L, J), (h, log_dt, L, J)
     xp = array_module(h)
@@ -146,7 +154,8 @@ def sample_forward(h, log_dt, L, J):
 
 
 def sample_backward(dg, cache):
-    """dg (D, J) -> dh, dlog_dt.   ∂g/∂θ' = -i Σ (i+1) h_i w'^-(i+1),  ∂θ'/∂log Δ = -2Δ s c/(s² + Δ² c²)"""
+    """dg (D, J) -> dh, dlog_dt.   ∂g/∂θ' = -i Σ (i+1) h_i w'^-(i+1),
+    ∂θ'/∂log Δ = -2Δ s c/(s² + Δ² c²)"""
     h, log_dt, L, J, *tables = cache
     if twin := twins("hope", h):
         dh, dlog_dt = twin.sample_backward(dg, h, log_dt, L, J)
@@ -199,10 +208,12 @@ def _as_complex(H):
 
 
 def _published_response_forward(params, L, cfg):
-    """Both directions on L/2 nodes round the whole circle, spectrum [g_f, reversed g_b], of it the Hermitian part"""
+    """Both directions on L/2 nodes round the whole circle, spectrum [g_f, reversed g_b], of it the
+    Hermitian part"""
     if L % 2:
         raise Error(
-            f"layout='published' needs an even length, got L={L}: it halves the nodes between the directions."
+            f"layout='published' needs an even length, got L={L}: the directions have half the "
+            "nodes each."
         )
     xp, D, H = array_module(params["H"]), cfg.d_model, params["H"]
     g, sample = sample_forward(_as_complex(H), params["log_dt"], L // 2, L // 2)
@@ -213,7 +224,7 @@ def _published_response_forward(params, L, cfg):
 
 def _published_response_backward(dG, cache):
     """dG (L/2+1, D) -> grads.   The bins above L/2 get their share from their mirrors."""
-    cfg, sample, H = cache
+    _, sample, H = cache
     xp, half = array_module(dG), len(dG) - 1
     dS = xp.concatenate([0.5 * dG, 0.5 * dG[1:-1][::-1].conj()])
     dS[0], dS[half] = dG[0].real, dG[half].real
@@ -231,7 +242,8 @@ def pole(log_dt):
 
 
 def ladder_step(h, a, s, p):
-    """(6) through all n sections.   h (D, n), a (D,), states s (B, D, n), input p (B, D) -> Σ h_i q^(i+1) (B, D), s"""
+    """(6) through all n sections.   h (D, n), a (D,), states s (B, D, n), input p (B, D) -> Σ h_i
+    q^(i+1) (B, D), s"""
     y, states = 0, []
     for i in range(h.shape[1]):
         q = s[..., i] - a * p
@@ -242,7 +254,8 @@ def ladder_step(h, a, s, p):
 
 
 def ladder_forward(h, log_dt, L):
-    """The causal kernel: the ladder's answer to an impulse.   h (D, n) real, log_dt (D,) -> k (D, L)"""
+    """The causal kernel: the ladder's answer to an impulse.
+    h (D, n) real, log_dt (D,) -> k (D, L)"""
     if twin := twins("hope", h):
         return twin.ladder_forward(h, log_dt, L), (h, log_dt, L)
     xp, a = array_module(h), pole(log_dt)
@@ -290,23 +303,24 @@ def operator_forward(params, x, cfg):
     else:
         G, kernel = response_forward(params, x.shape[1], cfg)
         y, conv = nn.spectral_conv_forward(x, G)
-    return y + params["D"] * x, (cfg, x, params, kernel, conv)
+    y, skip = nn.skip_forward(y, params["D"], x)
+    return y, (cfg, params["H"], kernel, conv, skip)
 
 
 def operator_backward(dy, cache):
     """dy (B, L, D) -> dx, grads"""
-    cfg, x, params, kernel, conv = cache
+    cfg, H, kernel, conv, skip = cache
     if cfg.conv == "identity":
         return dy, {}
+    _, dD, dx_skip = nn.skip_backward(dy, skip)
     if cfg.conv == "causal":
         dx, dk = nn.fft_conv_backward(dy, conv)
         dh, dlog_dt = ladder_backward(dk, kernel)
-        grads = {"H": _like(params["H"], dh), "log_dt": dlog_dt}
+        grads = {"H": _like(H, dh), "log_dt": dlog_dt}
     else:
         dx, dG = nn.spectral_conv_backward(dy, conv)
         grads = response_backward(dG, kernel)
-    grads["D"] = (dy * x).sum(axis=1).sum(axis=0)
-    return dx + params["D"] * dy, grads
+    return dx + dx_skip, grads | {"D": dD}
 
 
 def mixer_init(cfg, rng, dtype="float32"):
@@ -357,7 +371,8 @@ def state(params, cfg, batch):
     """The block's state before the first step: (B, D, n) zeros.   Error: the map is not causal."""
     if cfg.conv == "circular":
         raise Error(
-            "HOPE with conv='circular' sees the whole sequence and has no recurrent step; use conv='causal'."
+            "HOPE with conv='circular' sees the whole sequence and has no recurrent step; use "
+            "conv='causal'."
         )
     if cfg.conv == "identity":
         return {}
@@ -366,7 +381,8 @@ def state(params, cfg, batch):
 
 
 def operator_step(params, x_t, state, cfg):
-    """x_t (B, D) -> y_t (B, D), state.   Equal to the causal operator, n multiply-adds a channel twice over"""
+    """x_t (B, D) -> y_t (B, D), state.   Equal to the causal operator, n multiply-adds a channel
+    twice over"""
     if cfg.conv == "identity":
         return x_t, state
     y, s = ladder_step(_real_markov(params), pole(params["log_dt"]), state["s"], x_t)
@@ -408,7 +424,8 @@ def matrix(params, cfg, x=None, L=None):
 
 
 def hankel_singular_values(h):
-    """h (..., n) real or complex -> (..., n), the singular values of H[i, j] = h_{i+j}, zero beyond, descending"""
+    """h (..., n) real or complex -> (..., n), the singular values of H[i, j] = h_{i+j}, zero
+    beyond, descending"""
     xp, n = array_module(h), h.shape[-1]
     index = xp.arange(n)[:, None] + xp.arange(n)[None, :]
     hankel = xp.where(index < n, h[..., xp.minimum(index, n - 1)], 0)
@@ -416,7 +433,8 @@ def hankel_singular_values(h):
 
 
 def hankel_values(params, cfg):
-    """hankel_singular_values of a layer's h, both directions one below the other.   Error: it has none"""
+    """hankel_singular_values of a layer's h, both directions one below the other.   Error:
+    it has none"""
     _has_kernel(cfg)
     return hankel_singular_values(_as_complex(params["H"]))
 
@@ -454,7 +472,8 @@ def to_published(params, cfg, part):
 
 
 def config_of(settings, tensors, part):
-    """The Config of a case: widths off the shapes of its published tensors, the rest from its settings"""
+    """The Config of a case: widths off the shapes of its published tensors, the rest from its
+    settings"""
     names = {name.rpartition(".")[2]: t for name, t in tensors.items()}
     if "D" not in names or "H" not in names:
         return Config(**settings)
@@ -465,7 +484,8 @@ def config_of(settings, tensors, part):
 
 
 def case_outputs(part, params, x, cfg):
-    """Outputs of a case besides y: kernel_f (D, L, 2), all nodes of (1); y_steps, decoding one token at a time"""
+    """Outputs of a case besides y: kernel_f (D, L, 2), all nodes of (1); y_steps, decoding one
+    token at a time"""
     extra = {}
     if part != "network" and cfg.conv == "circular" and not cfg.bidirectional:
         h, L = _as_complex(params["H"]), x.shape[1]

@@ -1,11 +1,11 @@
 """Encoder, stack of blocks, decoder: the part that is the same for every model.
 
-encoder   tokens (B, L) -> embedding, or real input (B, L, C) -> linear        encoder.weight, encoder.bias
-blocks    n_layers of the model's block                                        blocks.<name>, stacked (n_layers, ...)
-norm      after the last block, when final_norm                                final.norm_*
-decoder   mean: mean over a sequence's own length, then linear                 decoder.weight, decoder.bias
+encoder   tokens (B, L): embedding; real input (B, L, C): linear   encoder.weight, encoder.bias
+blocks    n_layers of the model's block, stacked on a first axis   blocks.<name>
+norm      after the last block, when final_norm                    final.norm_*
+decoder   mean: mean over a sequence's own length, then linear     decoder.weight, decoder.bias
           last: its last position, then linear
-          lm: every position, against the embedding (tied) or linear
+          lm: every position, by the embedding (tied) or linear
 """
 
 import importlib
@@ -43,11 +43,13 @@ class Config:
         check_choice("decoder", self.decoder, DECODERS)
         if self.n_layers < 1 or self.d_input < 1 or self.d_output < 1:
             raise Error(
-                f"n_layers={self.n_layers}, d_input={self.d_input}, d_output={self.d_output}: all at least 1."
+                f"n_layers={self.n_layers}, d_input={self.d_input}, d_output={self.d_output}: "
+                "expected at least 1 of each."
             )
         if self.decoder == "lm" and not self.layer.causal:
             raise Error(
-                f"language modelling needs a causal map, and this {self.model} is not (for hope: conv=causal)."
+                f"language modelling needs a causal map, and this {self.model} is not "
+                "(for hope: --conv causal)."
             )
         if self.tied and not (
             self.tokens and self.decoder == "lm" and self.d_input == self.d_output
@@ -56,7 +58,8 @@ class Config:
 
 
 def init(cfg, rng, dtype="float32"):
-    """Parameters on the host.   Embedding normal, linear layers uniform in ±1/sqrt(inputs), as PyTorch's defaults"""
+    """Parameters on the host.   Embedding normal, linear layers uniform in ±1/sqrt(inputs), as
+    PyTorch's defaults"""
     D, model = cfg.layer.d_model, model_module(cfg.model)
 
     def linear(name, inputs, outputs):
@@ -90,7 +93,8 @@ def layer_params(params, i):
 
 
 def forward(params, x, cfg, lengths=None, rng=None):
-    """x (B, L) tokens or (B, L, C), lengths (B,) -> y (B, d_output); for lm (B, L, d_output).   rng given: training
+    """x (B, L) tokens or (B, L, C), lengths (B,) -> y (B, d_output); for lm (B, L, d_output).
+    rng given: training
 
     Error: a token outside the vocabulary, a length outside 1..L, a wrong shape.
     """
@@ -157,7 +161,8 @@ def running_statistics(params, cache):
 
 
 def groups(params, cfg):
-    """name -> the optimiser's group of each parameter: main, ssm, dt, or frozen (not trained, running moments)"""
+    """name -> the optimiser's group of each parameter:
+    main, ssm, dt, or frozen (not trained, running moments)"""
     special = model_module(cfg.model).groups(cfg.layer)
 
     def group(name):

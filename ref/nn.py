@@ -1,7 +1,8 @@
 """Textbook layers as forward/backward pairs of pure functions.
 
-x_forward(...) -> y, cache;   x_backward(dy, cache) -> gradients in the order of the forward's array arguments.
-Shapes: B batch, L length, D channels. "(..., D)" means any leading axes. float32 in, float32 out.
+x_forward(...) -> y, cache;   x_backward(dy, cache) -> gradients in the order of the forward's array
+arguments. B batch, L length, D channels; "(..., D)" means any leading axes. float32 in, float32
+out.
 """
 
 import math
@@ -45,12 +46,16 @@ def embedding_forward(tokens, W):
 
 def embedding_backward(dy, cache):
     """dy (..., D) -> dW (V, D), the sum over the places where a token stands"""
-    tokens, shape = cache
+    tokens, (V, D) = cache
     if twin := twins("nn", dy):
-        return twin.embedding_backward(dy, tokens, shape[0])
-    xp = array_module(dy)
-    dW = xp.zeros(shape, dtype=dy.dtype)
-    xp.add.at(dW, tokens, dy)
+        return twin.embedding_backward(dy, tokens, V)
+    xp, rows, tokens = array_module(dy), dy.reshape(-1, D), tokens.reshape(-1)
+    dW, piece = xp.zeros((V, D), dtype=dy.dtype), max(1, (1 << 26) // V)
+    for i in range(
+        0, len(rows), piece
+    ):  # one-hot products: unlike scattering, the same bits each time
+        one_hot = tokens[None, i : i + piece] == xp.arange(V)[:, None]
+        dW += one_hot.astype(dy.dtype) @ rows[i : i + piece]
     return dW
 
 
@@ -58,7 +63,8 @@ def embedding_backward(dy, cache):
 
 
 def layer_norm_forward(x, weight, bias):
-    """x (..., D), weight, bias (D,) -> y = weight x̂ + bias,  x̂ = (x - mean) / sqrt(var + eps) over D"""
+    """x (..., D), weight, bias (D,) -> y = weight x̂ + bias,
+    x̂ = (x - mean) / sqrt(var + eps) over D"""
     xp = array_module(x)
     centred = x - x.mean(axis=-1, keepdims=True)
     r = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + EPS)
@@ -90,7 +96,8 @@ def rms_norm_backward(dy, cache):
 
 
 def batch_norm_forward(x, weight, bias, mean, var, training):
-    """x (..., D) -> y = weight x̂ + bias, with the moments of the batch (training) or the running ones (D,).
+    """x (..., D) -> y = weight x̂ + bias, with the moments of the batch (training) or the running
+    ones (D,).
 
     The cache's last entry is the batch's (mean, var, count), for batch_norm_running.
     """
@@ -114,7 +121,10 @@ def _moments(x, count):
 
 
 def batch_norm_backward(dy, cache):
-    """dy (..., D) -> dx, dweight, dbias.   Training: dx = weight r (dy - mean(dy) - x̂ mean(dy x̂))"""
+    """dy (..., D) -> dx, dweight, dbias.
+
+    Training: dx = weight r (dy - mean(dy) - x̂ mean(dy x̂)).
+    """
     x, r, weight, training, (mean, _, count) = cache
     twin = twins("nn", dy)
     if twin:
@@ -136,7 +146,7 @@ def batch_norm_backward(dy, cache):
 
 
 def batch_norm_running(mean, var, cache, momentum=0.1):
-    """Running moments after a training batch: an exponential average, the variance unbiased (as PyTorch's)."""
+    """Running moments after a training batch: exponential averages, the variance unbiased"""
     batch_mean, batch_var, count = cache[-1]
     unbiased = batch_var * (count / max(count - 1, 1))
     return mean + momentum * (batch_mean - mean), var + momentum * (unbiased - var)
@@ -250,7 +260,9 @@ def glu_backward(dy, cache):
 
 
 def dropout_forward(x, p, rng, tied=False):
-    """x (B, L, D) -> x · mask, mask 0 with probability p, else 1/(1-p); tied: one mask (B, 1, D) for all times.
+    """x (B, L, D) -> x · mask, mask 0 with probability p, else 1/(1-p).
+
+    tied: one mask (B, 1, D) for all times.
 
     rng is a NumPy Generator, or None outside training: then y is x.
     """
@@ -272,7 +284,9 @@ def dropout_backward(dy, cache):
 
 
 def short_conv_forward(x, w, b=None, before=None):
-    """Depthwise causal convolution.  x (B, L, C), w (C, 1, K), b (C,) -> y_t = b + Σ_j w[:, 0, j] x_{t-K+1+j}
+    """Depthwise causal convolution.   x (B, L, C), w (C, 1, K), b (C,) -> y (B, L, C)
+
+    y_t = b + Σ_j w[:, 0, j] x_{t-K+1+j}
 
     before (B, K-1, C) are the inputs that came before x; zeros when not given.
     """
@@ -296,7 +310,7 @@ def short_conv_backward(dy, cache):
 
 
 def short_conv_step(x_t, state, w, b=None):
-    """One time step.  x_t (B, C), state (B, K-1, C) the last inputs, oldest first -> y_t (B, C), state"""
+    """One time step.   x_t (B, C), state (B, K-1, C) the last inputs, oldest first -> y_t, state"""
     xp = array_module(x_t)
     window = xp.concatenate([state, x_t[:, None]], axis=1)
     y = (window * w[:, 0].T).sum(axis=1)
@@ -304,25 +318,40 @@ def short_conv_step(x_t, state, w, b=None):
 
 
 def spectral_conv_forward(x, G):
-    """Circular convolution by its frequency response.  x (B, L, D), G (L//2+1, D) -> y = irfft(rfft(x) G)
+    """Circular convolution by frequency response.   x (B, L, D), G (L//2+1, D) -> irfft(rfft(x) G)
 
-    Of a real system G[0] and (L even) G[L/2] are real; imaginary parts there have no effect.
+    Of a real system G[0] and (L even) G[L/2] are real, and so they must be here.
     """
     L = x.shape[1]
     X = rfft(x, L, axis=1)
-    return irfft(X * G, L, axis=1), (X, G, L)
+    return irfft(_spectral_product(X, G), L, axis=1), (X, G, L)
 
 
 def spectral_conv_backward(dy, cache):
-    """dy (B, L, D) -> dx, dG.   Each bin between 0 and L/2 stands for itself and its mirror: it counts twice."""
+    """dy (B, L, D) -> dx, dG.
+
+    Each bin between 0 and L/2 stands for itself and its mirror: it counts twice.
+    """
     X, G, L = cache
-    dY = rfft(dy, L, axis=1)
-    dG = (X.conj() * dY).sum(axis=0) * dy.dtype.type(2 / L)
+    dX, dG = _spectral_gradients(rfft(dy, L, axis=1), X, G)
+    dG = dG * dy.dtype.type(2 / L)
     dG[0] *= 0.5
     if L % 2 == 0:
         dG[-1] *= 0.5
-    dY *= G.conj()
-    return irfft(dY, L, axis=1), dG
+    return irfft(dX, L, axis=1), dG
+
+
+def _spectral_product(X, G):
+    """X (B, J, D), G (J, D) -> X G"""
+    twin = twins("nn", X)
+    return twin.spectral_product(X, G) if twin else X * G
+
+
+def _spectral_gradients(dY, X, G):
+    """dY, X (B, J, D), G (J, D) -> conj(G) dY, and conj(X) dY summed over the batch (J, D)"""
+    if twin := twins("nn", X):
+        return twin.spectral_gradients(dY, X, G)
+    return dY * G.conj(), (X.conj() * dY).sum(axis=0)
 
 
 def fft_conv_forward(x, k, mode="causal"):
@@ -334,13 +363,14 @@ def fft_conv_forward(x, k, mode="causal"):
     """
     check_choice("mode", mode, ("causal", "circular", "two-sided"))
     L, K = x.shape[1], k.shape[1]
-    if K > L and mode == "circular" or mode == "two-sided" and K != 2 * L - 1:
+    if (K > L and mode == "circular") or (K != 2 * L - 1 and mode == "two-sided"):
         raise Error(f"a {mode} kernel of {K} taps does not fit a sequence of length {L}.")
     k = k[:, :L] if mode == "causal" else k
     n = L if mode == "circular" else backend.fast_length(2 * L - 1)
     first = L - 1 if mode == "two-sided" else 0
     X, G = rfft(x, n, axis=1), rfft(k, n, axis=1).T
-    return irfft(X * G, n, axis=1)[:, first : first + L], (X, G, n, first, K)
+    y = irfft(_spectral_product(X, G), n, axis=1)[:, first : first + L]
+    return y, (X, G, n, first, K)
 
 
 def fft_conv_backward(dy, cache):
@@ -349,12 +379,25 @@ def fft_conv_backward(dy, cache):
     xp, (B, L, D) = array_module(dy), dy.shape
     if first:
         dy = xp.concatenate([xp.zeros((B, first, D), dtype=dy.dtype), dy], axis=1)
-    dY = rfft(dy, n, axis=1)
+    dX, products = _spectral_gradients(rfft(dy, n, axis=1), X, G)
     reached = min(K, L) if not first else K
     dk = xp.zeros((D, K), dtype=dy.dtype)
-    dk[:, :reached] = irfft((X.conj() * dY).sum(axis=0), n, axis=0)[:reached].T
-    dY *= G.conj()
-    return irfft(dY, n, axis=1)[:, :L], dk
+    dk[:, :reached] = irfft(products, n, axis=0)[:reached].T
+    return irfft(dX, n, axis=1)[:, :L], dk
+
+
+def skip_forward(y, D, x):
+    """y, x (..., D), D (D,) -> y + D x, the feedthrough of a state-space layer"""
+    twin = twins("nn", x)
+    return (twin.skip_forward(y, D, x) if twin else y + D * x), (D, x)
+
+
+def skip_backward(dy, cache):
+    """dy (..., D) -> dy (for y), dD, dx"""
+    D, x = cache
+    if twin := twins("nn", x):
+        return dy, *twin.skip_backward(dy, D, x)
+    return dy, _sum_rows(dy * x), D * dy
 
 
 # Pooling and loss
@@ -389,7 +432,8 @@ def last_backward(dy, cache):
 
 
 def softmax_cross_entropy_forward(logits, targets, ignore=-1, consume_logits=False):
-    """logits (..., V), targets (...) integers -> mean of -log softmax(logits)[target] in nats, over targets != ignore
+    """logits (..., V), targets (...) integers -> mean of -log softmax(logits)[target] in nats, over
+    targets != ignore
 
     consume_logits: the softmax takes the place of the logits, which are lost.
     """

@@ -11,7 +11,8 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Group:
-    """Learning rate and decoupled weight decay of some parameters; rate 0 means that they are not trained."""
+    """Learning rate and decoupled weight decay of some parameters; rate 0 means that they are not
+    trained."""
 
     lr: float
     weight_decay: float = 0.0
@@ -27,12 +28,14 @@ def adamw_init(params):
 
 
 def adamw_update(params, grads, moments, step, groups, scale=1.0):
-    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2, as PyTorch does it), in place.
+    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2, as PyTorch does it),
+    in place.
 
     step counts from 1; groups: name -> Group; scale multiplies every learning rate (the schedule).
 
         m = β1 m + (1-β1) g,  v = β2 v + (1-β2) g²
-        p = p (1 - lr decay) - lr m̂ / (sqrt(v̂) + eps),  m̂ = m / (1-β1^step),  v̂ = v / (1-β2^step)
+        p = p (1 - lr decay) - lr m̂ / (sqrt(v̂) + eps),  m̂ = m / (1-β1^step),
+        v̂ = v / (1-β2^step)
     """
     b1, b2 = BETAS
     for name, g in grads.items():
@@ -51,7 +54,8 @@ def adamw_update(params, grads, moments, step, groups, scale=1.0):
 
 
 def warmup_cosine(step, total, warmup):
-    """The factor on the learning rates at `step` (from 1): linear up over `warmup` steps, then half a cosine to 0"""
+    """The factor on the learning rates at `step` (from 1):
+    linear up over `warmup` steps, then half a cosine to 0"""
     if step <= warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
@@ -59,8 +63,7 @@ def warmup_cosine(step, total, warmup):
 
 def gradient_norm(grads):
     """The Euclidean norm of all gradients together, a Python float"""
-    squares = ((g.astype("float64") ** 2).sum() for g in grads.values())  # no overflow in float32
-    return math.sqrt(sum(item(s) for s in squares))
+    return math.sqrt(item(sum((g.astype("float64") ** 2).sum() for g in grads.values())))
 
 
 def clip(grads, norm, largest):

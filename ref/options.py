@@ -10,7 +10,7 @@ import click
 
 def named(arguments, option):
     """The value of `option` in arguments not parsed yet: the model decides which options exist"""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith(option + "="):
             return argument.partition("=")[2]
         if argument == option:
@@ -33,11 +33,12 @@ def _option(field):
     if field.type is bool:
         default = f"[{name if field.default else 'no-' + name}]"
         return click.Option([f"--{name}/--no-{name}", field.name], default=None, help=default)
-    return click.Option([f"--{name}", field.name], type=field.type, default=None, help=default)
+    text = f"{field.metadata.get('help', '')} {default}".strip()
+    return click.Option([f"--{name}", field.name], type=field.type, default=None, help=text)
 
 
 def run_command(command, arguments, name):
-    """Run a click command: 0, or with a sentence on stderr 2 for wrong usage, 1 for all else that failed"""
+    """Run a click command: 0, or with a sentence on stderr 2 for wrong usage, 1 for the rest"""
     from ref import Error
 
     with contextlib.suppress(AttributeError):  # a line is seen when it is written, also on a pipe
@@ -70,6 +71,6 @@ def _failed(sentence):
 
 
 def _give_up_output():
-    """Standard output has failed: what its buffer holds goes nowhere, or it would fail again at exit"""
+    """Standard output failed: what its buffer holds goes nowhere, or it would fail again at exit"""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,5 @@
-"""Pictures: the curves of a run; kernels, Hankel singular values and matrices of models. Needs the extra `plot`."""
+"""Pictures: the curves of a run; kernels, Hankel singular values and matrices of models. Needs the
+extra `plot`."""
 
 import json
 
@@ -24,7 +25,8 @@ def _save(figure, path):
 
 
 def draw(what, run, model, settings, length, seed, path):
-    """`python -m ref plot`: the curves of a run, or a picture of every layer of a run or of a model as initialised
+    """`python -m ref plot`: the curves of a run, or a picture of every layer of a run or of a model
+    as initialised
 
     Error: no such run; a picture that this configuration does not have.
     """
@@ -65,7 +67,8 @@ def trained_layers(run):
 
 
 def curves(run, path):
-    """Loss and accuracy against steps from RUN/metrics.jsonl, training averaged, validation as points, baselines dashed"""
+    """Loss and accuracy against steps from RUN/metrics.jsonl, training averaged, validation as
+    points, baselines dashed"""
     if not (run / "metrics.jsonl").is_file():
         raise Error(f"{run} is not the folder of a run: it has no metrics.jsonl.")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +103,8 @@ def curves(run, path):
 
 
 def kernel(layers, path):
-    """Impulse responses.   layers: title -> k (D, L); a few channels of each, and the mean size over all channels"""
+    """Impulse responses.   layers: title -> k (D, L); a few channels of each, and the mean size
+    over all channels"""
     figure, rows = plt.subplots(len(layers), 2, figsize=(11, 2.6 * len(layers)), squeeze=False)
     for (left, right), (title, k) in zip(rows, layers.items(), strict=True):
         for d in range(min(4, len(k))):
@@ -115,7 +119,8 @@ def kernel(layers, path):
 
 
 def hankel(layers, path):
-    """Hankel singular values, largest 1.   layers: title -> values (D, n), descending; median and range over channels"""
+    """Hankel singular values, largest 1.   layers: title -> values (D, n), descending; median and
+    range over channels"""
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for title, values in layers.items():
         relative = values / values[:, :1]
@@ -135,7 +140,8 @@ def hankel(layers, path):
 
 
 def matrix(layers, path):
-    """Sequence maps.   layers: title -> M (D, L, L); the first channels of each, blue positive, red negative, logarithmic"""
+    """Sequence maps.   layers: title -> M (D, L, L); the first channels of each, blue positive, red
+    negative, logarithmic"""
     channels = min(4, min(len(M) for M in layers.values()))
     figure, rows = plt.subplots(
         len(layers), channels, figsize=(3 * channels, 3 * len(layers)), squeeze=False

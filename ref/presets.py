@@ -5,7 +5,7 @@ what it does not name keeps its default.
 Preset and options make the settings of a run; config.json is their JSON.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from ref import Error, network
 from ref.backend import check_choice
@@ -38,25 +38,29 @@ class Run:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
 
 
+def _field(default, text):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """All about a run that is not the model's layer. Rates are per step, decays are AdamW's."""
+    """All about a run that is not the model's layer."""
 
-    n_layers: int = 4
-    decoder: str = "mean"
-    batch_size: int = 32
-    steps: int = 0  # optimiser steps; 0: epochs decide
-    epochs: float = 0.0  # passes over the training data; 0 as well: minutes decide
-    lr: float = 2e-3
-    weight_decay: float = 0.01
-    ssm_lr: float = 1e-3  # of the state-space parameters (hope: H)
-    ssm_weight_decay: float = 0.0
-    dt_lr: float = 1e-3  # of log_dt; 0 freezes it
-    warmup: int = 200  # steps of linear warm-up before the cosine
-    clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    eval_every: int = 500  # steps between evaluations on the validation split
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    save_every: int = 0  # steps between checkpoints; 0: every 30 seconds
+    n_layers: int = _field(4, "Blocks.")
+    decoder: str = _field("mean", "mean: over all positions; last: position; lm: each position.")
+    batch_size: int = _field(32, "Samples a step.")
+    steps: int = _field(0, "Optimiser steps; 0: --epochs decides.")
+    epochs: float = _field(0.0, "Passes over the training data; 0: --minutes decides.")
+    lr: float = _field(2e-3, "Learning rate.")
+    weight_decay: float = _field(0.01, "Decoupled, as AdamW's.")
+    ssm_lr: float = _field(1e-3, "Of the state-space parameters (hope: H).")
+    ssm_weight_decay: float = _field(0.0, "Of the state-space parameters.")
+    dt_lr: float = _field(1e-3, "Of log_dt; 0 freezes it.")
+    warmup: int = _field(200, "Steps of linear warm-up before the cosine.")
+    clip: float = _field(1.0, "Largest norm of the whole gradient; 0: no clipping.")
+    eval_every: int = _field(500, "Steps between evaluations on the validation split.")
+    log_every: int = _field(10, "Steps between lines of metrics.jsonl.")
+    save_every: int = _field(0, "Steps between checkpoints; 0: every 30 seconds.")
 
     def __post_init__(self):
         for name in ("n_layers", "batch_size", "eval_every", "log_every", "warmup"):
@@ -188,11 +192,12 @@ def _made(cls, values):
     kinds = {f.name: f.type for f in fields(cls)}
     own = {name: value for name, value in values.items() if name in kinds}
     for name, value in own.items():
-        kind = float if kinds[name] is float and type(value) is int else kinds[name]
-        if type(value) is not kind:
+        kind = kinds[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
             raise Error(f"{name}={value!r}: expected {_KINDS[kind]}.")
         if kind in (int, float) and not abs(value) < 2**53:
             raise Error(f"{name}={value}: expected a number below 2**53.")
+        own[name] = kind(value)
     return cls(**own)
 
 

@@ -145,7 +145,7 @@ class Log:
             raise Error(f"Cannot write {self.path}: {e.strerror or e}.") from e
 
     def add(self, step, loss, accuracy, **entry):
-        """After a training step: a line for the first and every `every`-th, of means since the last"""
+        """After a training step: a line for the first and every `every`-th, of means"""
         self.recent = [*self.recent, (loss, accuracy)][-max(self.every, 50) :]
         if step == 1 or step % self.every == 0:
             loss, accuracy = np.mean(self.recent[-self.every :], axis=0)
@@ -164,6 +164,7 @@ class Progress:
             initial=step,
             total=total if math.isfinite(total) else None,
             unit="step",
+            smoothing=0.1,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
@@ -183,6 +184,10 @@ class Progress:
             print(f"{now_at}  {rate:.2f} step/s{left if known else ''}")
             self.printed = now
 
+    def evaluating(self):
+        """Why the bar stands still now"""
+        self.bar.set_postfix_str("evaluating")
+
     def say(self, line):
         self.bar.write(line, file=sys.stdout) if not self.bar.disable else print(line)
 
@@ -194,7 +199,7 @@ class Progress:
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask the loop to stop after the current step; asked twice, it ends at once."""
+    """SIGINT and SIGTERM ask the loop to stop after its step; asked twice, it ends at once."""
 
     asked = False
 
@@ -216,8 +221,8 @@ class Interrupt:
 class Budget:
     """The time a run may take.
 
-    Where it decides the number of steps too (`total` is infinite until then), that is found from the
-    speed of the first tenth of the time, and holds for good.
+    Where it decides the number of steps too (`total` is infinite until then), that is found from
+    the speed of the first tenth of the time, and holds for good.
     """
 
     def __init__(self, minutes):

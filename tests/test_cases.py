@@ -1,4 +1,5 @@
-"""Case files: every kind of disagreement is found and named, every kind of bad file gets its sentence."""
+"""Case files: every kind of disagreement is found and named, every kind of bad file gets its
+sentence."""
 
 import dataclasses
 import json
@@ -39,7 +40,9 @@ def test_what_is_written_verifies(part, precision, tmp_path):
     cases.write_case(tmp_path / "c.safetensors", case)
     read = cases.read_case(tmp_path / "c.safetensors")
     assert (read.model, read.part, read.precision) == ("hope", part, precision)
-    assert {t.dtype for t in read.tensors.values() if t.dtype.kind != "i"} == {cases.PRECISIONS[precision]}
+    assert {t.dtype for t in read.tensors.values() if t.dtype.kind != "i"} == {
+        cases.PRECISIONS[precision]
+    }
     rows = cases.verify(read)
     assert rows and all(row.ok for row in rows), rows
     assert {"out.y"} < {row.tensor for row in rows}
@@ -179,7 +182,11 @@ def test_bad_files_get_their_sentence(tmp_path):
         head(**changes)
         with pytest.raises(Error, match=sentence):
             cases.read_case(path)
-    save_file({"weight": np.zeros(3)}, path, {"case": json.loads(content[8 : 8 + size])["__metadata__"]["case"]})
+    save_file(
+        {"weight": np.zeros(3)},
+        path,
+        {"case": json.loads(content[8 : 8 + size])["__metadata__"]["case"]},
+    )
     with pytest.raises(Error, match="the name 'weight'"):
         cases.read_case(path)
 

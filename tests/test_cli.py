@@ -69,7 +69,10 @@ def test_wrong_usage(tmp_path):
         ("plot", "--model", "hope", "--what", "curves"),
         ("plot", "--model", "hope", "--conv", "identity", "--what", "kernel"),
     ):
-        if arguments[1:4] == ("--model", "hope", "--part") and arguments[-1] == path / "below" / "file":
+        if (
+            arguments[1:4] == ("--model", "hope", "--part")
+            and arguments[-1] == path / "below" / "file"
+        ):
             path.write_text("")
         out = ref(*arguments, expect=1)
         assert out.startswith("Error: ") and out.count("\n") == 1, out

@@ -127,11 +127,11 @@ def sampling_arguments(D, n, L, dt, dtype):
     rng, complex_dtype = np.random.default_rng(n), backend.complex_dtype(dtype)
     log_dt = np.log(dt) + 0.01 * rng.standard_normal(D)
     log_dt[0] = np.log(dt)
-    h, dg = (rng.standard_normal((2, D, N, 2)).view("complex128")[..., 0] for N in (n, L))
+    h, dg = (rng.standard_normal((D, N, 2)).view("complex128")[..., 0] for N in (n, L))
     for J in sorted({L // 2 + 1, L}):
-        few = np.ascontiguousarray(dg[0, :, :J]).astype(complex_dtype)
-        yield few, h[0].astype(complex_dtype), log_dt.astype(dtype), L, J
-        yield few, h[0].real.astype(dtype), log_dt.astype(dtype), L, J
+        few = dg[:, :J].astype(complex_dtype)
+        yield few, h.astype(complex_dtype), log_dt.astype(dtype), L, J
+        yield few, h.real.astype(dtype), log_dt.astype(dtype), L, J
 
 
 def ladder_arguments(D, n, L, dt, dtype):
@@ -204,14 +204,12 @@ def test_cuda_kernels_are_the_numba_twins_in_float32(memory, D, n, L, dt):
 @pytest.mark.parametrize("dtype", cuda.REAL)
 def test_cuda_kernels_take_strided_arrays_and_leave_them_as_they_are(memory, dtype):
     def strided(x):
-        y = memory.put(np.repeat(np.asfortranarray(x), 2, axis=-1))
-        return y[..., ::2]
+        y = memory.put(np.repeat(x, 2, axis=-1))[..., ::2]
+        given.append((x, y))
+        return y
 
-    case = 3, 5, 20, 0.1, dtype
-    given = []
-    result = kernel_results(
-        hope_cuda, lambda x: given.append((x, strided(x))) or given[-1][1], *case
-    )
+    case, given = (3, 5, 20, 0.1, dtype), []
+    result = kernel_results(hope_cuda, strided, *case)
     compare(result, kernel_results(hope_cuda, memory.put, *case), 1e-30)
     assert all((to_numpy(y) == x).all() for x, y in given)
 
@@ -468,11 +466,9 @@ def test_strict_arrays_stay_arrays():
 
 
 @pytest.fixture(params=["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
-def xp(request, monkeypatch):
-    """An array module that is not NumPy; on CuPy with the CUDA kernels"""
-    if request.param == "strict":
-        return strict
-    return cupy_device()
+def xp(request):
+    """An array module that is not NumPy"""
+    return strict if request.param == "strict" else cupy_device()
 
 
 def layer_arguments(rng):
@@ -500,6 +496,7 @@ def layer_arguments(rng):
     yield "last", (x, lengths)
     yield "softmax_cross_entropy", (x, np.where(tokens == 3, -1, tokens))
     yield "dropout", (x, 0.3)
+    yield "skip", (x, bias, 2 * x)
 
 
 LAYERS = list(layer_arguments(np.random.default_rng(0)))

@@ -41,5 +41,7 @@ def test_planted_faults_are_found(fault, monkeypatch):
 def test_a_wrong_shape_or_precision_is_infinitely_wrong():
     x = np.ones((2, 3))
     for wrong in (np.ones(6), np.ones((2, 3), "float32")):
-        errors = gradcheck.check_pair(lambda a: (a["x"] * 1, ()), lambda dy, c, g=wrong: {"x": g}, {"x": x})
+        errors = gradcheck.check_pair(
+            lambda a: (a["x"] * 1, ()), lambda dy, c, g=wrong: {"x": g}, {"x": x}
+        )
         assert errors["x"] == np.inf

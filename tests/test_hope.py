@@ -1,4 +1,5 @@
-"""HOPE: golden cases, the definition of a derivative, other forms of the same map, precision, bad input."""
+"""HOPE: golden cases, the definition of a derivative, other forms of the same map, precision, bad
+input."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -65,10 +66,16 @@ def test_float32_stays_float32_and_is_precise(settings, plain):
     cfg, params = layer(rng, part="block", d_state=128, norm="batch", **settings)
     x, dy = rng.standard_normal((2, 2, 256, 5))
     exact = run(params, x, dy, cfg, "block")
-    params, x, dy = ({n: p.astype("f4") for n, p in params.items()}, x.astype("f4"), dy.astype("f4"))
+    params, x, dy = (
+        {n: p.astype("f4") for n, p in params.items()},
+        x.astype("f4"),
+        dy.astype("f4"),
+    )
     for results in (run(params, x, dy, cfg, "block"), plain(run, params, x, dy, cfg, "block")):
         assert {r.dtype.name for r in results} == {"float32"}
-    bound = 1e-4 if backend.plain() else 1e-5  # the readable form rounds angles, and sums less cleverly
+    bound = (
+        1e-4 if backend.plain() else 1e-5
+    )  # the readable form rounds angles, and sums less cleverly
     assert max(map(error, run(params, x, dy, cfg, "block"), exact)) < bound
 
 
@@ -154,11 +161,15 @@ def test_step_is_the_causal_convolution(dt):
 
 
 def test_the_causal_kernel_is_the_circular_one_of_a_long_sequence():
-    """Two derivations meet: sampling on the circle, and the ladder; the difference is what wraps around"""
+    """Two derivations meet: sampling on the circle, and the ladder; the difference is what wraps
+    around"""
     rng = np.random.default_rng(0)
     cfg, params = layer(rng, dt_min=0.3, dt_max=2.0)
     circular = hope.impulse_response(params, cfg, 4096)
-    assert error(hope.impulse_response(params, replace(cfg, conv="causal"), 200), circular[:, :200]) < 1e-13
+    assert (
+        error(hope.impulse_response(params, replace(cfg, conv="causal"), 200), circular[:, :200])
+        < 1e-13
+    )
 
 
 def test_hankel_singular_values():
@@ -183,15 +194,18 @@ def test_initialisation_follows_both_conventions():
         params = hope.block_init(cfg, rng, "float32")
         assert params["H"].shape == (800, n, 2)
         assert abs(params["H"].std() / (std * np.sqrt(0.5)) - 1) < 0.02
-        assert params["log_dt"].min() > np.log(cfg.dt_min) and params["log_dt"].max() < np.log(cfg.dt_max)
+        assert params["log_dt"].min() > np.log(cfg.dt_min) and params["log_dt"].max() < np.log(
+            cfg.dt_max
+        )
         assert {p.dtype.name for p in params.values()} == {"float32"}
 
 
 def test_dropout_masks_are_shared_over_time():
     rng = np.random.default_rng(0)
     cfg, params = layer(rng, part="block", dropout=0.5, d_model=40)
-    y, cache = hope.block_forward(params, rng.standard_normal((2, 9, 40)), cfg, np.random.default_rng(3))
-    again = hope.block_forward(params, cache[2][0][1], cfg, np.random.default_rng(3))[0]
+    x = rng.standard_normal((2, 9, 40))
+    y, cache = hope.block_forward(params, x, cfg, np.random.default_rng(3))
+    again = hope.block_forward(params, x, cfg, np.random.default_rng(3))[0]
     assert (y == again).all()
     (mask,) = cache[3]
     assert mask.shape == (2, 1, 40) and 0.2 < (mask == 0).mean() < 0.8

@@ -1,4 +1,5 @@
-"""The Numba side: elementary functions, any thread count, several Python threads, no compiler at all, REF_PLAIN."""
+"""The Numba side: elementary functions, any thread count, several Python threads, no compiler at
+all, REF_PLAIN."""
 
 import os
 import subprocess
@@ -103,7 +104,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_four_python_threads_at_once():
-    """The workqueue layer aborts the process when two threads enter it: the lock must keep them apart"""
+    """The workqueue layer aborts the process when two threads enter it:
+    the lock must keep them apart"""
     expected = everything("float64")
     results = [None] * 4
 
@@ -160,12 +162,15 @@ def test_the_readable_form_needs_no_numba():
 def test_a_threading_layer_chosen_by_the_host_is_respected():
     show = "import ref.kernels, numba; print(numba.config.THREADING_LAYER)"
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_THREADING_LAYER"}
-    run = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", show], env=environment, capture_output=True, text=True
+    )
     assert run.stdout.strip() == "workqueue"
     assert python(show, NUMBA_THREADING_LAYER="omp") == "omp"
 
 
 def test_importing_is_light():
     """The command line answers --help without loading the heavy libraries"""
-    code = "import sys, ref, ref.network; print([m for m in ('numba', 'cupy', 'torch', 'matplotlib') if m in sys.modules])"
+    heavy = ("numba", "cupy", "torch", "matplotlib")
+    code = f"import sys, ref.network, ref.options; print([m for m in {heavy} if m in sys.modules])"
     assert python(code) == "[]"

@@ -1,4 +1,5 @@
-"""Encoder, stack, decoder: gradients are in test_hope; here lengths, batches, names, and bad input."""
+"""Encoder, stack, decoder: gradients are in test_hope; here lengths, batches, names, and bad
+input."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""The layers of ref/nn.py and the blocks: derivatives, other forms of the same map, precision, odd input."""
+"""The layers of ref/nn.py and the blocks: derivatives, other forms of the same map, precision, odd
+input."""
 
 import numpy as np
 import pytest
@@ -75,7 +76,9 @@ def test_short_convolution_step_by_step_and_cut_in_two(K):
     rng = np.random.default_rng(0)
     x, w, b = rng.standard_normal((2, 9, 3)), rng.standard_normal((3, 1, K)), rng.standard_normal(3)
     y, _ = nn.short_conv_forward(x, w, b)
-    direct = b + sum(w[:, 0, K - 1 - i] * np.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :9] for i in range(K))
+    direct = b + sum(
+        w[:, 0, K - 1 - i] * np.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :9] for i in range(K)
+    )
     assert error(y, direct) < 1e-14
     state = np.zeros((2, K - 1, 3))
     for t in range(9):
@@ -173,11 +176,26 @@ def test_layers_agree_with_pytorch():
         return nn.batch_norm_forward(x, g, b, None, None, True)
 
     for ours, backward, theirs, arrays in (
-        (nn.layer_norm_forward, nn.layer_norm_backward, lambda *a: F.layer_norm(a[0], (6,), *a[1:]), (x, g, b)),
-        (nn.rms_norm_forward, nn.rms_norm_backward, lambda x, g: F.rms_norm(x, (6,), g, 1e-5), (x, g)),
+        (
+            nn.layer_norm_forward,
+            nn.layer_norm_backward,
+            lambda *a: F.layer_norm(a[0], (6,), *a[1:]),
+            (x, g, b),
+        ),
+        (
+            nn.rms_norm_forward,
+            nn.rms_norm_backward,
+            lambda x, g: F.rms_norm(x, (6,), g, 1e-5),
+            (x, g),
+        ),
         (ours_batch_norm, nn.batch_norm_backward, batch_norm, (x, g, b)),
         (nn.gelu_forward, nn.gelu_backward, F.gelu, (x,)),
-        (nn.gelu_tanh_forward, nn.gelu_tanh_backward, lambda x: F.gelu(x, approximate="tanh"), (x,)),
+        (
+            nn.gelu_tanh_forward,
+            nn.gelu_tanh_backward,
+            lambda x: F.gelu(x, approximate="tanh"),
+            (x,),
+        ),
         (nn.silu_forward, nn.silu_backward, F.silu, (x,)),
         (nn.softplus_forward, nn.softplus_backward, F.softplus, (x,)),
         (nn.glu_forward, nn.glu_backward, F.glu, (x,)),

@@ -11,12 +11,18 @@ from ref import optim
 
 def trajectory(dtype, steps=20):
     rng = np.random.default_rng(0)
-    params = {"a": rng.standard_normal((3, 5)).astype(dtype), "b": rng.standard_normal(7).astype(dtype)}
+    params = {
+        "a": rng.standard_normal((3, 5)).astype(dtype),
+        "b": rng.standard_normal(7).astype(dtype),
+    }
     params["frozen"] = rng.standard_normal(2).astype(dtype)
     groups = {"a": optim.Group(0.1, 0.3), "b": optim.Group(0.02), "frozen": optim.Group(0.0, 0.5)}
     moments = optim.adamw_init({n: params[n] for n in "ab"})
     start = {n: p.copy() for n, p in params.items()}
-    grads = [{n: rng.standard_normal(p.shape).astype(dtype) for n, p in params.items()} for _ in range(steps)]
+    grads = [
+        {n: rng.standard_normal(p.shape).astype(dtype) for n, p in params.items()}
+        for _ in range(steps)
+    ]
     for i, g in enumerate(grads, 1):
         optim.adamw_update(params, g, moments, i, groups, scale=1 / i)
     return start, grads, params

@@ -1,7 +1,9 @@
-"""Fast twins of the readable forms: <model>.py (Numba) for the CPU, <model>.cu (CUDA C) for the GPU."""
+"""Fast twins of the readable forms: <model>.py (Numba) for the CPU, <model>.cu (CUDA C) for the
+GPU."""
 
 import numba
 
-# Threads of another pool spin against OpenBLAS's; a layer that the host program already chose is respected.
+# Threads of another pool spin against OpenBLAS's; a layer that the host program already chose is
+# respected.
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "workqueue"

@@ -1,7 +1,8 @@
-"""Numba twins of ref/hope.py: Horner on the nodes for the transfer function, the all-pass ladder for the causal kernel.
+"""Numba twins of ref/hope.py: Horner on the nodes for the transfer function, the all-pass ladder
+for the causal kernel.
 
-Memory O(D L); nothing of size (D, L, n). Results do not depend on the number of threads: one channel (sampling) or one
-block of channels (ladder) is one thread's work.
+Memory O(D L); nothing of size (D, L, n). Results do not depend on the number of threads: one
+channel (sampling) or one block of channels (ladder) is one thread's work.
 """
 
 import math
@@ -50,8 +51,9 @@ def sample_backward(dg, h, log_dt, L, J):
     return dh, dlog_dt
 
 
-# 1/w' = exp(-iθ') with tan(θ'/2) = s/c, s = sin(θ/2), c = dt cos(θ/2): (c² - s² - 2i s c)/(c² + s²). No angle is formed.
-# Each thread's lanes stand in one work array, which spares the compiler the question whether they overlap.
+# 1/w' = exp(-iθ') with tan(θ'/2) = s/c, s = sin(θ/2), c = dt cos(θ/2):
+# (c² - s² - 2i s c)/(c² + s²). No angle is formed. Each thread's lanes stand in one work array,
+# which spares the compiler the question whether they overlap.
 
 
 @njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
@@ -123,8 +125,8 @@ def _sample_backward(dg, hr, hi, dt, cosine, sine, dh, dlog_dt):
         dlog_dt[d] = total
 
 
-# The ladder runs in float64 whatever the precision outside: near a = 1 the sections forget slowly, and it is D L n work
-# beside the convolution's B L D.
+# The ladder runs in float64 whatever the precision outside:
+# near a = 1 the sections forget slowly, and it is D L n work beside the convolution's B L D.
 
 
 def ladder_forward(h, log_dt, L):

@@ -1,7 +1,8 @@
-"""Numba twins of the layers in ref/nn.py that touch every activation: one pass over memory where NumPy makes several.
+"""Numba twins of the layers in ref/nn.py that touch every activation:
+one pass over memory where NumPy makes several.
 
-Rows are cut into pieces of fixed size and partial sums are added in the order of the pieces, so the results do not
-depend on the number of threads.
+Rows are cut into pieces of fixed size and partial sums are added in the order of the pieces, so the
+results do not depend on the number of threads.
 """
 
 import math
@@ -168,7 +169,8 @@ def _batch_norm_sums(dy, x, mean, r, sums):
 
 
 def batch_norm_input_gradient(dy, x, mean, r, scale, mean_dy, mean_dy_xhat):
-    """scale (dy - mean_dy - x̂ mean_dy_xhat), x̂ = (x - mean) r; dy and x (..., D), the others (D,)"""
+    """scale (dy - mean_dy - x̂ mean_dy_xhat), x̂ = (x - mean) r; dy and x (..., D), the others
+    (D,)"""
     dx = empty(dy.shape, dy.dtype)
     arrays = _rows(dy), _rows(x), mean, r, scale, mean_dy, mean_dy_xhat
     _launch(_batch_norm_input_gradient, *arrays, dx.reshape(-1, dy.shape[-1]))
@@ -183,6 +185,76 @@ def _batch_norm_input_gradient(dy, x, mean, r, scale, mean_dy, mean_dy_xhat, dx)
             for d in range(D):
                 xhat = (x[row, d] - mean[d]) * r[d]
                 dx[row, d] = scale[d] * (dy[row, d] - mean_dy[d] - xhat * mean_dy_xhat[d])
+
+
+def skip_forward(y, D, x):
+    """See ref.nn.skip_forward"""
+    z = empty(x.shape, x.dtype)
+    _launch(_skip_forward, _rows(y), D, _rows(x), z.reshape(-1, x.shape[-1]))
+    return z
+
+
+@njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _skip_forward(y, D, x, z):
+    for piece in prange((len(x) + ROWS - 1) // ROWS):
+        for row in range(piece * ROWS, min(len(x), (piece + 1) * ROWS)):
+            for d in range(x.shape[1]):
+                z[row, d] = y[row, d] + D[d] * x[row, d]
+
+
+def skip_backward(dy, D, x):
+    """-> dD, dx: see ref.nn.skip_backward"""
+    dx, rows = empty(x.shape, x.dtype), _rows(dy)
+    sums = np.empty((-(-len(rows) // ROWS), x.shape[-1]))
+    _launch(_skip_backward, rows, D, _rows(x), dx.reshape(-1, x.shape[-1]), sums)
+    return sums.sum(axis=0).astype(x.dtype), dx
+
+
+@njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _skip_backward(dy, D, x, dx, sums):
+    for piece in prange(len(sums)):
+        s = np.zeros(x.shape[1], x.dtype)
+        for row in range(piece * ROWS, min(len(x), (piece + 1) * ROWS)):
+            for d in range(x.shape[1]):
+                dx[row, d] = D[d] * dy[row, d]
+                s[d] += dy[row, d] * x[row, d]
+        for d in range(x.shape[1]):
+            sums[piece, d] = s[d]
+
+
+def spectral_product(X, G):
+    """X (B, J, D), G (J, D) -> X G"""
+    Y = empty(X.shape, X.dtype)
+    _launch(_spectral_product, np.ascontiguousarray(X), np.ascontiguousarray(G), Y)
+    return Y
+
+
+@njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _spectral_product(X, G, Y):
+    B, J, D = X.shape
+    for j in prange(J):
+        for b in range(B):
+            for d in range(D):
+                Y[b, j, d] = X[b, j, d] * G[j, d]
+
+
+def spectral_gradients(dY, X, G):
+    """dY, X (B, J, D), G (J, D) -> conj(G) dY (B, J, D), the sum over the batch of conj(X) dY (J,
+    D)"""
+    dX, sums = empty(X.shape, X.dtype), np.zeros(G.shape, X.dtype)
+    arrays = (np.ascontiguousarray(a) for a in (dY, X, G))
+    _launch(_spectral_gradients, *arrays, dX, sums)
+    return dX, sums
+
+
+@njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _spectral_gradients(dY, X, G, dX, sums):
+    B, J, D = X.shape
+    for j in prange(J):
+        for b in range(B):
+            for d in range(D):
+                dX[b, j, d] = dY[b, j, d] * G[j, d].conjugate()
+                sums[j, d] += X[b, j, d].conjugate() * dY[b, j, d]
 
 
 def embedding_backward(dy, tokens, V):

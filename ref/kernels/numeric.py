@@ -1,8 +1,10 @@
-"""Elementary functions for the twins: float32 by polynomials that compile to vector code, float64 by the C library.
+"""Elementary functions for the twins: float32 by polynomials that compile to vector code, float64
+by the C library.
 
-pip's Numba has no vector mathematics library: math.exp in a loop is a scalar call. The polynomials were fitted for this
-file by weighted least squares on Chebyshev nodes; errors are tested in tests/test_kernels.py. Numba's cache does not
-see a change of this file in the kernels that call it: delete __pycache__ after editing.
+pip's Numba has no vector mathematics library: math.exp in a loop is a scalar call. The polynomials
+were fitted for this file by weighted least squares on Chebyshev nodes; errors are tested in
+tests/test_kernels.py. Numba's cache does not see a change of this file in the kernels that call it:
+delete __pycache__ after editing.
 """
 
 import math
@@ -38,7 +40,8 @@ def _exp(x):
         x = np.float32(90.0) if x > np.float32(90.0) else x
         y = x * np.float32(1.44269504)
         n = np.floor(y + np.float32(0.5))
-        # r = x log2(e) - n in units of ln 2, ln 2 in two parts so that its rounding is not taken n times
+        # r = x log2(e) - n in units of ln 2, ln 2 in two parts so that its rounding is not taken n
+        # times
         r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
         r = r * np.float32(1.44269504)
         p = np.float32(1.5345807e-4)
@@ -58,7 +61,8 @@ def _exp(x):
 
 
 def normal_cdf(x, e):
-    """The normal distribution function Φ(x), given e = exp(-x²/2); float32 within 6e-7 relative for |x| < 4"""
+    """The normal distribution function Φ(x), given e = exp(-x²/2); float32 within 6e-7 relative for
+    |x| < 4"""
     return 0.5 * math.erfc(-x * math.sqrt(0.5))
 
 
