@@ -1,5 +1,4 @@
-"""`python -m ref`: check, look at and measure the models. Only the command line; each job has a
-file of its own."""
+"""`python -m ref`: check, look at and measure the models. Only the command line."""
 
 import sys
 from pathlib import Path

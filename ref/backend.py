@@ -1,5 +1,4 @@
-"""What the models do not say: which array module, which device, which twin, how many threads, whose
-memory."""
+"""What the models do not say: array module, device, twin, number of threads, memory."""
 
 import contextlib
 import ctypes
@@ -30,14 +29,12 @@ def plain():
 
 
 def array_module(x):
-    """The module (numpy, cupy) whose functions take x. An array type of another package brings its
-    own."""
+    """The module whose functions take x: numpy, cupy, or that of another package's array type."""
     return np if isinstance(x, np.ndarray) else sys.modules[type(x).__module__.partition(".")[0]]
 
 
 def twins(model, x):
-    """The fast twins of `model` for x's kind of array:
-    Numba, CUDA, or None where the readable form must run."""
+    """The fast twins of `model` for x's kind of array; None where the readable form must run."""
     if plain():
         return None
     kind = array_module(x).__name__
@@ -54,8 +51,7 @@ def _cuda_twins(model):
 
 @functools.cache
 def _cupy_or_reason():
-    """(cupy, None) after a kernel, a matrix product and an FFT have run on device 0, else (None,
-    the reason)."""
+    """(cupy, None) if a kernel, a product and an FFT run on device 0, else (None, reason)."""
     try:
         cupy = importlib.import_module("cupy")
     except Exception as e:
@@ -95,8 +91,7 @@ def to_host(x):
 
 
 def item(x):
-    """The Python number in an array of one element. The only way from a device to the host inside a
-    model."""
+    """The Python number in an array of one element: the only way from device to host in a model."""
     return x.item()
 
 
@@ -111,8 +106,7 @@ def complex_dtype(dtype):
 
 
 def check_activations(x, channels, what="x"):
-    """Border check of x (B, L, channels).   Error: another shape or precision, or an empty
-    array."""
+    """Border check of x (B, L, channels).   Error: another shape or precision, or empty."""
     if x.dtype.name not in _COMPLEX:
         raise Error(f"{what} has dtype {x.dtype}; the models compute in float32 or float64.")
     if x.ndim != 3 or x.shape[2] != channels or 0 in x.shape:
@@ -131,14 +125,13 @@ def check_choice(what, value, choices):
 
 
 def rfft(x, n, axis):
-    """Real FFT of length n along axis; SciPy's on the host (NumPy's is several times slower in
-    float32)."""
+    """Real FFT of length n along axis; SciPy's on the host, NumPy's is slow in float32."""
     xp = array_module(x)
     return scipy.fft.rfft(x, n, axis, workers=threads()) if xp is np else xp.fft.rfft(x, n, axis)
 
 
 def irfft(X, n, axis):
-    """Inverse of rfft, 1/n included. Bins 0 and n/2 must be real: cuFFT does not ignore the rest."""
+    """Inverse of rfft, 1/n included. Bins 0 and n/2 must be real: cuFFT ignores nothing."""
     xp = array_module(X)
     return scipy.fft.irfft(X, n, axis, workers=threads()) if xp is np else xp.fft.irfft(X, n, axis)
 
@@ -186,8 +179,7 @@ def set_threads(n):
 
 
 def blas_core():
-    """The core type that NumPy's BLAS chose, such as 'Haswell':
-    results are the same bits only for the same one."""
+    """The core type that the BLAS chose, such as 'Haswell': another one, other rounding."""
     found = {
         i.get("architecture") for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"
     }
@@ -198,8 +190,7 @@ def blas_core():
 
 
 class _Block:
-    """Memory lent to one array and its views; when the last of them is gone it returns to the
-    pool."""
+    """Memory lent to an array and its views; it returns to the pool when the last one is gone."""
 
     def __init__(self, nbytes):
         global _free_bytes

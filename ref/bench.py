@@ -62,8 +62,7 @@ def interleaved(make, candidates, against, rounds):
 
 
 def peak(make, name, against):
-    """Bytes that one call adds to the peak of a fresh process, after a call that compiled
-    everything"""
+    """Bytes that one call adds to the peak of a fresh process that has compiled it before."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (make, name, against))

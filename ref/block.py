@@ -1,5 +1,4 @@
-"""What blocks of several models share: the choice of a norm, the residual branch, the S4 family's
-GELU-GLU tail."""
+"""What blocks of several models share: norms, the residual branch, the S4 family's tail."""
 
 import math
 
@@ -9,8 +8,7 @@ NORMS = ("layer", "rms", "batch")
 
 
 def norm_init(kind, D, xp, dtype):
-    """Parameters of the norm `kind`: norm_weight; norm_bias; for batch the running norm_mean and
-    norm_var"""
+    """norm_weight; unless rms norm_bias; for batch the running norm_mean and norm_var"""
     params = {"norm_weight": xp.ones(D, dtype=dtype)}
     if kind != "rms":
         params["norm_bias"] = xp.zeros(D, dtype=dtype)
@@ -44,8 +42,7 @@ def norm_backward(dy, cache):
 
 
 def norm_running(params, cache):
-    """The running moments after norm_forward's training batch, by name; none unless the norm is
-    batch"""
+    """The running moments after norm_forward's training batch, by name; {} but for batch norm"""
     kind, cache = cache
     if kind != "batch":
         return {}
@@ -81,8 +78,7 @@ def gelu_glu_backward(dy, cache):
 
 
 def residual_forward(params, x, cfg, mixer_forward, rng):
-    """x (B, L, D) -> x + dropout(mixer(norm(x))), or norm(x + dropout(mixer(x))) where cfg.prenorm
-    is false"""
+    """x (B, L, D) -> x + dropout(mixer(norm(x))); without prenorm norm(x + dropout(mixer(x)))"""
     training, norm = rng is not None, None
     z = x
     if cfg.prenorm:

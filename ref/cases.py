@@ -84,22 +84,19 @@ def write_case(path, case):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a model, in the form that cases need:
-    published tensors in, published tensors out."""
+    """One part of a model in the form of cases: published tensors in, published tensors out."""
 
     model: str
     part: str
     cfg: object  # the model's Config; of a network, network.Config
 
     def template(self):
-        """name -> array: the published tensors that the part has, from a fixed seed, none of them 0
-        or 1 throughout"""
+        """The published tensors that the part has, {name: array}, from a fixed seed"""
         rng = np.random.default_rng(0)
         return self.init(rng)
 
     def init(self, rng):
-        """Published tensors of a random part, float64; noise on top, so that no parameter is at a
-        special value"""
+        """Published tensors of a random part, float64; noise keeps parameters off special values"""
         if self.part == "network":
             params = network.init(self.cfg, rng, "float64")
         else:
@@ -108,8 +105,7 @@ class Part:
         return self._to_published(params)
 
     def run(self, tensors, inputs, douts=None):
-        """-> {"out.*": ...}, with douts also {"grad.in.*", "grad.param.*"}.   No rng:
-        no dropout, running moments"""
+        """-> {"out.*"}, with douts also {"grad.*"}.   Without dropout, with running moments"""
         module, x = self._module(), inputs["x"]
         if self.part == "network":
             params = network.from_published(tensors, self.cfg)
@@ -141,8 +137,7 @@ class Part:
 
 
 def part_of(case):
-    """The Part that a case is about, its widths read off the tensors.   Error:
-    unknown model, part or setting"""
+    """The Part that a case is about.   Error: unknown model, part or setting"""
     module = network.model_module(case.model)
     _check_part(module, case.model, case.part)
     return Part(case.model, case.part, part_config(case, module))
@@ -260,8 +255,7 @@ class Row:
 
 
 def verify(case):
-    """Recompute a case and compare every out.* and grad.* tensor that it has -> list of Row.
-    Error: as compute"""
+    """Recompute a case, compare its out.* and grad.* tensors -> list of Row.   Error: as compute"""
     reference = compute(case)
     claims = {n: t for n, t in case.tensors.items() if n.startswith(("out.", "grad."))}
     if not claims:
@@ -299,8 +293,7 @@ def _ulp(precision):
 
 
 def _unavoidable(case, reference):
-    """name -> the largest normalised deviation over recomputations with everything off by up to
-    half an ulp"""
+    """name -> the largest deviation of recomputations with everything off by up to half an ulp"""
     part, half = part_of(case), 0.5 * _ulp(case.precision)
     sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
     worst = dict.fromkeys(reference, 0.0)
@@ -315,8 +308,7 @@ def _unavoidable(case, reference):
 
 
 def _perturb(x, half, rng):
-    """x with every element off by a relative amount of at most `half`; anything but floating arrays
-    as it is"""
+    """x with every element off by up to `half` of itself; what is no floating array, as it is"""
     if isinstance(x, np.ndarray) and x.dtype.kind in "fc":
         return x * (1 + half * rng.uniform(-1, 1, x.shape))
     return x
@@ -324,9 +316,10 @@ def _perturb(x, half, rng):
 
 @contextlib.contextmanager
 def perturbed(half, rng, module):
-    """While this is open, every result of the pairs in ref.nn and in a model's module is perturbed:
-    the named intermediates (projections, kernels, gates, convolutions, pooled features) as a lower
-    precision would round them"""
+    """While this is open, every result of the pairs in ref.nn and in a model is off a little.
+
+    These are the named intermediates: projections, kernels, gates, convolutions, pooled features.
+    """
     before = []
 
     def wrap(f):
@@ -359,8 +352,11 @@ def _as_tuple(result):
 
 
 def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
-    """A Case from the reference: inputs and parameters drawn, rounded to the precision, everything
-    else computed from them in float64 and rounded once"""
+    """A Case from the reference, for others to be checked against.
+
+    Inputs and parameters are drawn and rounded to the precision; everything else is computed from
+    them in float64 and rounded once.   Error: an unknown part or setting, B or L below 1.
+    """
     module, rng = network.model_module(model), np.random.default_rng(seed)
     if B < 1 or L < 1:
         raise Error(f"B={B}, L={L}: both at least 1.")

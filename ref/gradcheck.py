@@ -72,8 +72,7 @@ CONFIGURATIONS = {
 
 
 def nn_pairs(rng):
-    """name -> (forward, backward, arrays), odd sizes that all differ, biases and starting values
-    not zero"""
+    """name -> (forward, backward, arrays); sizes odd and all different, no zeros"""
     B, L, D, E, V, K = 2, 7, 5, 3, 11, 4
 
     def normal(*shape):

@@ -50,14 +50,12 @@ from ref.backend import array_module, check_activations, check_choice, twins
 
 @dataclass(frozen=True)
 class Config:
-    """HOPE's layer. The defaults are the published minimal class's."""
+    """HOPE's layer."""
 
     d_model: int = 128
     d_state: int = 64
     convention: str = "minimal"  # minimal: n = d_state/2; lra: n = d_state
-    conv: str = (
-        "circular"  # circular (the paper); causal; identity (y = u: what is the operator worth?)
-    )
+    conv: str = "circular"  # circular (the paper); causal; identity (y = u, for comparison)
     bidirectional: bool = False
     layout: str = "paper"  # of the bidirectional layer: paper or published
     markov: str = "complex"  # complex or real h
@@ -76,21 +74,13 @@ class Config:
         check_choice("markov", self.markov, ("complex", "real"))
         check_choice("norm", self.norm, block.NORMS)
         if self.d_model < 1 or self.n < 1:
-            raise Error(
-                f"d_model={self.d_model}, d_state={self.d_state}: expected a channel and a state "
-                "at least."
-            )
-        if not 0 < self.dt_min <= self.dt_max or not 0 <= self.dropout < 1:
-            raise Error("expected 0 < dt_min <= dt_max and 0 <= dropout < 1.")
+            raise Error(f"d_model={self.d_model} and n={self.n} of d_state: at least 1 of each.")
+        if not (0 < self.dt_min <= self.dt_max and 0 <= self.dropout < 1 and self.scale_factor > 0):
+            raise Error("expected 0 < dt_min <= dt_max, 0 <= dropout < 1 and scale_factor > 0.")
         if self.conv == "causal" and self.bidirectional:
-            raise Error(
-                "conv='causal' with bidirectional=True: a causal map has one direction only."
-            )
+            raise Error("conv='causal' has one direction only, so bidirectional must be False.")
         if self.layout == "published" and not (self.bidirectional and self.conv == "circular"):
-            raise Error(
-                "layout='published' is a bidirectional circular layer: set bidirectional=True and "
-                "conv='circular'."
-            )
+            raise Error("layout='published' needs bidirectional=True and conv='circular'.")
 
     @property
     def n(self):
@@ -132,8 +122,7 @@ def operator_init(cfg, rng, dtype="float32"):
 
 
 def sample_forward(h, log_dt, L, J):
-    """(1) at the first J of the L nodes (4).   h (D, n) real or complex, log_dt (D,) -> g (D, J)
-    complex"""
+    """(1) at the first J of the L nodes (4).   h (D, n), log_dt (D,) -> g (D, J) complex"""
     if twin := twins("hope", h):
         return twin.sample_forward(h, log_dt, L, J), (h, log_dt, L, J)
     xp = array_module(h)
@@ -142,20 +131,16 @@ def sample_forward(h, log_dt, L, J):
     i1 = xp.arange(1, h.shape[1] + 1, dtype=log_dt.dtype)
     powers = xp.repeat(xp.exp(-1j * angle)[:, :, None], h.shape[1], axis=2)
     powers = xp.cumprod(powers, axis=2)  # w'^-1, w'^-2, ... (D, J, n)
-    return (powers @ h.astype(powers.dtype)[:, :, None])[:, :, 0], (
-        h,
-        log_dt,
-        L,
-        J,
-        half,
-        i1,
-        powers,
-    )
+    g = (powers @ h.astype(powers.dtype)[:, :, None])[:, :, 0]
+    return g, (h, log_dt, L, J, half, i1, powers)
 
 
 def sample_backward(dg, cache):
-    """dg (D, J) -> dh, dlog_dt.   ∂g/∂θ' = -i Σ (i+1) h_i w'^-(i+1),
-    ∂θ'/∂log Δ = -2Δ s c/(s² + Δ² c²)"""
+    """dg (D, J) -> dh, dlog_dt
+
+    From ∂g/∂θ' = -i Σ (i+1) h_i w'^-(i+1) and ∂θ'/∂log Δ = -2Δ s c/(s² + Δ² c²),
+    s = sin(θ/2), c = cos(θ/2).
+    """
     h, log_dt, L, J, *tables = cache
     if twin := twins("hope", h):
         dh, dlog_dt = twin.sample_backward(dg, h, log_dt, L, J)
@@ -208,13 +193,9 @@ def _as_complex(H):
 
 
 def _published_response_forward(params, L, cfg):
-    """Both directions on L/2 nodes round the whole circle, spectrum [g_f, reversed g_b], of it the
-    Hermitian part"""
+    """The Hermitian part of [g_f, reversed g_b], each on L/2 nodes round the whole circle"""
     if L % 2:
-        raise Error(
-            f"layout='published' needs an even length, got L={L}: the directions have half the "
-            "nodes each."
-        )
+        raise Error(f"layout='published' needs an even length and got L={L}.")
     xp, D, H = array_module(params["H"]), cfg.d_model, params["H"]
     g, sample = sample_forward(_as_complex(H), params["log_dt"], L // 2, L // 2)
     S = xp.concatenate([g[:D], g[D:, ::-1]], axis=1).T
@@ -242,8 +223,7 @@ def pole(log_dt):
 
 
 def ladder_step(h, a, s, p):
-    """(6) through all n sections.   h (D, n), a (D,), states s (B, D, n), input p (B, D) -> Σ h_i
-    q^(i+1) (B, D), s"""
+    """(6) through all n sections.   p (B, D), s (B, D, n), h (D, n), a (D,) -> y (B, D), s"""
     y, states = 0, []
     for i in range(h.shape[1]):
         q = s[..., i] - a * p
@@ -254,8 +234,7 @@ def ladder_step(h, a, s, p):
 
 
 def ladder_forward(h, log_dt, L):
-    """The causal kernel: the ladder's answer to an impulse.
-    h (D, n) real, log_dt (D,) -> k (D, L)"""
+    """The causal kernel, the ladder's impulse response.   h (D, n), log_dt (D,) -> k (D, L)"""
     if twin := twins("hope", h):
         return twin.ladder_forward(h, log_dt, L), (h, log_dt, L)
     xp, a = array_module(h), pole(log_dt)
@@ -370,10 +349,7 @@ def running_statistics(params, cache):
 def state(params, cfg, batch):
     """The block's state before the first step: (B, D, n) zeros.   Error: the map is not causal."""
     if cfg.conv == "circular":
-        raise Error(
-            "HOPE with conv='circular' sees the whole sequence and has no recurrent step; use "
-            "conv='causal'."
-        )
+        raise Error("conv='circular' sees all of a sequence: no recurrent step; use conv='causal'.")
     if cfg.conv == "identity":
         return {}
     D = params["D"]
@@ -381,8 +357,7 @@ def state(params, cfg, batch):
 
 
 def operator_step(params, x_t, state, cfg):
-    """x_t (B, D) -> y_t (B, D), state.   Equal to the causal operator, n multiply-adds a channel
-    twice over"""
+    """One time step of the causal operator.   x_t (B, D) -> y_t (B, D), state"""
     if cfg.conv == "identity":
         return x_t, state
     y, s = ladder_step(_real_markov(params), pole(params["log_dt"]), state["s"], x_t)
@@ -424,8 +399,7 @@ def matrix(params, cfg, x=None, L=None):
 
 
 def hankel_singular_values(h):
-    """h (..., n) real or complex -> (..., n), the singular values of H[i, j] = h_{i+j}, zero
-    beyond, descending"""
+    """Of H[i, j] = h_{i+j}, zero beyond, descending.   h (..., n), real or complex -> (..., n)"""
     xp, n = array_module(h), h.shape[-1]
     index = xp.arange(n)[:, None] + xp.arange(n)[None, :]
     hankel = xp.where(index < n, h[..., xp.minimum(index, n - 1)], 0)
@@ -433,8 +407,7 @@ def hankel_singular_values(h):
 
 
 def hankel_values(params, cfg):
-    """hankel_singular_values of a layer's h, both directions one below the other.   Error:
-    it has none"""
+    """hankel_singular_values of a layer's h (dD, n).   Error: it has none"""
     _has_kernel(cfg)
     return hankel_singular_values(_as_complex(params["H"]))
 
@@ -472,8 +445,7 @@ def to_published(params, cfg, part):
 
 
 def config_of(settings, tensors, part):
-    """The Config of a case: widths off the shapes of its published tensors, the rest from its
-    settings"""
+    """The Config of a case: widths off its published tensors' shapes, the rest from its settings"""
     names = {name.rpartition(".")[2]: t for name, t in tensors.items()}
     if "D" not in names or "H" not in names:
         return Config(**settings)
@@ -484,8 +456,7 @@ def config_of(settings, tensors, part):
 
 
 def case_outputs(part, params, x, cfg):
-    """Outputs of a case besides y: kernel_f (D, L, 2), all nodes of (1); y_steps, decoding one
-    token at a time"""
+    """Outputs of a case besides y: kernel_f (D, L, 2), (1) at all nodes; y_steps, by decoding"""
     extra = {}
     if part != "network" and cfg.conv == "circular" and not cfg.bidirectional:
         h, L = _as_complex(params["H"]), x.shape[1]

@@ -58,8 +58,7 @@ class Config:
 
 
 def init(cfg, rng, dtype="float32"):
-    """Parameters on the host.   Embedding normal, linear layers uniform in ±1/sqrt(inputs), as
-    PyTorch's defaults"""
+    """Parameters on the host: embedding normal, linear layers uniform in ±1/sqrt(inputs)"""
     D, model = cfg.layer.d_model, model_module(cfg.model)
 
     def linear(name, inputs, outputs):
@@ -161,8 +160,7 @@ def running_statistics(params, cache):
 
 
 def groups(params, cfg):
-    """name -> the optimiser's group of each parameter:
-    main, ssm, dt, or frozen (not trained, running moments)"""
+    """name -> the optimiser's group: main, ssm, dt, or frozen (not trained, running moments)"""
     special = model_module(cfg.model).groups(cfg.layer)
 
     def group(name):

@@ -63,8 +63,7 @@ def embedding_backward(dy, cache):
 
 
 def layer_norm_forward(x, weight, bias):
-    """x (..., D), weight, bias (D,) -> y = weight x̂ + bias,
-    x̂ = (x - mean) / sqrt(var + eps) over D"""
+    """x (..., D) -> y = weight x̂ + bias,  x̂ = (x - mean) / sqrt(var + eps) over D"""
     xp = array_module(x)
     centred = x - x.mean(axis=-1, keepdims=True)
     r = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + EPS)

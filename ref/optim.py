@@ -11,8 +11,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Group:
-    """Learning rate and decoupled weight decay of some parameters; rate 0 means that they are not
-    trained."""
+    """Learning rate and decoupled weight decay of some parameters; rate 0: not trained."""
 
     lr: float
     weight_decay: float = 0.0
@@ -54,8 +53,7 @@ def adamw_update(params, grads, moments, step, groups, scale=1.0):
 
 
 def warmup_cosine(step, total, warmup):
-    """The factor on the learning rates at `step` (from 1):
-    linear up over `warmup` steps, then half a cosine to 0"""
+    """Factor on the rates at `step` (from 1): up over `warmup` steps, then half a cosine to 0"""
     if step <= warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

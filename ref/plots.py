@@ -1,5 +1,4 @@
-"""Pictures: the curves of a run; kernels, Hankel singular values and matrices of models. Needs the
-extra `plot`."""
+"""Pictures of runs and models: curves, kernels, Hankel singular values, matrices."""
 
 import json
 
@@ -67,8 +66,7 @@ def trained_layers(run):
 
 
 def curves(run, path):
-    """Loss and accuracy against steps from RUN/metrics.jsonl, training averaged, validation as
-    points, baselines dashed"""
+    """Loss and accuracy against steps: training averaged, validation as points, baselines dashed"""
     if not (run / "metrics.jsonl").is_file():
         raise Error(f"{run} is not the folder of a run: it has no metrics.jsonl.")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -103,8 +101,7 @@ def curves(run, path):
 
 
 def kernel(layers, path):
-    """Impulse responses.   layers: title -> k (D, L); a few channels of each, and the mean size
-    over all channels"""
+    """Impulse responses.   layers: title -> k (D, L); a few channels, and the RMS over all"""
     figure, rows = plt.subplots(len(layers), 2, figsize=(11, 2.6 * len(layers)), squeeze=False)
     for (left, right), (title, k) in zip(rows, layers.items(), strict=True):
         for d in range(min(4, len(k))):
@@ -119,8 +116,7 @@ def kernel(layers, path):
 
 
 def hankel(layers, path):
-    """Hankel singular values, largest 1.   layers: title -> values (D, n), descending; median and
-    range over channels"""
+    """Hankel singular values, median and range.   layers: title -> values (D, n), descending"""
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for title, values in layers.items():
         relative = values / values[:, :1]
@@ -140,8 +136,7 @@ def hankel(layers, path):
 
 
 def matrix(layers, path):
-    """Sequence maps.   layers: title -> M (D, L, L); the first channels of each, blue positive, red
-    negative, logarithmic"""
+    """Sequence maps, blue positive, red negative, logarithmic.   layers: title -> M (D, L, L)"""
     channels = min(4, min(len(M) for M in layers.values()))
     figure, rows = plt.subplots(
         len(layers), channels, figsize=(3 * channels, 3 * len(layers)), squeeze=False

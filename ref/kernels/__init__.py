@@ -1,5 +1,4 @@
-"""Fast twins of the readable forms: <model>.py (Numba) for the CPU, <model>.cu (CUDA C) for the
-GPU."""
+"""Fast twins of the readable forms: <model>.py in Numba, <model>.cu in CUDA C."""
 
 import numba
 

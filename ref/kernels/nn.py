@@ -169,8 +169,7 @@ def _batch_norm_sums(dy, x, mean, r, sums):
 
 
 def batch_norm_input_gradient(dy, x, mean, r, scale, mean_dy, mean_dy_xhat):
-    """scale (dy - mean_dy - x̂ mean_dy_xhat), x̂ = (x - mean) r; dy and x (..., D), the others
-    (D,)"""
+    """dy, x (..., D), the others (D,) -> scale (dy - mean_dy - x̂ mean_dy_xhat), x̂ = (x - mean) r"""
     dx = empty(dy.shape, dy.dtype)
     arrays = _rows(dy), _rows(x), mean, r, scale, mean_dy, mean_dy_xhat
     _launch(_batch_norm_input_gradient, *arrays, dx.reshape(-1, dy.shape[-1]))
@@ -239,8 +238,7 @@ def _spectral_product(X, G, Y):
 
 
 def spectral_gradients(dY, X, G):
-    """dY, X (B, J, D), G (J, D) -> conj(G) dY (B, J, D), the sum over the batch of conj(X) dY (J,
-    D)"""
+    """dY, X (B, J, D), G (J, D) -> conj(G) dY, and conj(X) dY summed over the batch (J, D)"""
     dX, sums = empty(X.shape, X.dtype), np.zeros(G.shape, X.dtype)
     arrays = (np.ascontiguousarray(a) for a in (dY, X, G))
     _launch(_spectral_gradients, *arrays, dX, sums)

@@ -61,8 +61,7 @@ def _exp(x):
 
 
 def normal_cdf(x, e):
-    """The normal distribution function Φ(x), given e = exp(-x²/2); float32 within 6e-7 relative for
-    |x| < 4"""
+    """The normal distribution function Φ(x), given e = exp(-x²/2); float32: 6e-7 for |x| < 4"""
     return 0.5 * math.erfc(-x * math.sqrt(0.5))
 
 
