@@ -150,7 +150,10 @@ def info(model, length, **settings):
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--model", type=click.Choice(network.MODELS), help="A model at initialisation.")
 @click.option(
-    "--what", required=True, type=click.Choice(["curves", "kernel", "hankel", "matrix"]), help="."
+    "--what",
+    required=True,
+    type=click.Choice(["curves", "kernel", "hankel", "matrix"]),
+    help="The picture.",
 )
 @click.option("--length", "-L", default=256, type=click.IntRange(1), help="Sequence length.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of the initialisation.")
@@ -173,8 +176,9 @@ def plot(run, model, what, length, seed, output, **settings):
 @main.command()
 @click.argument("models", nargs=-1, type=click.Choice(network.MODELS))
 @click.option("--against", type=click.Choice(["torch"]), help="Also time this library's form.")
+@click.option("--device", default="cpu", type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")
 @click.option("--rounds", default=9, type=click.IntRange(1), help="Rounds that count.")
-def bench(models, against, rounds):
+def bench(models, against, device, rounds):
     """Time and memory, interleaved in one process, as ratios. Without names: every model.
 
     Example: python -m ref bench hope --against torch
@@ -187,7 +191,7 @@ def bench(models, against, rounds):
         except ImportError as e:
             raise Error(f"--against {against}: it is not installed (the extra `peers`).") from e
     backend.keep_freed_memory()
-    bench.run(models or network.MODELS, against, rounds)
+    bench.run(models or network.MODELS, against, rounds, device)
 
 
 if __name__ == "__main__":

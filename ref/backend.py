@@ -80,6 +80,19 @@ def select_device(name="auto"):
     return np if cupy is None else cupy
 
 
+def device_name(xp):
+    """'cpu', or the GPU's own name"""
+    if xp is np:
+        return "cpu"
+    return f"cuda ({xp.cuda.runtime.getDeviceProperties(0)['name'].decode()})"
+
+
+def synchronize(xp):
+    """Wait until the device has done what it was asked to"""
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+
+
 def to_device(x, xp):
     """A host array as an array of module xp."""
     return x if xp is np else xp.asarray(x)

@@ -450,9 +450,10 @@ def config_of(settings, tensors, part):
     if "D" not in names or "H" not in names:
         return Config(**settings)
     settings = dict(settings, d_model=names["D"].shape[0])
-    d_state, n = settings.get("d_state"), names["H"].shape[1]
-    settings["convention"] = "lra" if d_state == n else "minimal"
-    return Config(**settings | {"d_state": d_state or 2 * n})
+    n = names["H"].shape[1]
+    if settings.get("d_state") == n:
+        return Config(**settings | {"convention": "lra"})
+    return Config(**settings | {"convention": "minimal", "d_state": 2 * n})
 
 
 def case_outputs(part, params, x, cfg):

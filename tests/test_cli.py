@@ -80,7 +80,7 @@ def test_wrong_usage(tmp_path):
 
 def test_help_has_examples():
     assert "Example" in ref("--help")
-    for command in ("verify", "case", "gradcheck", "info", "plot"):
+    for command in ("verify", "case", "gradcheck", "info", "plot", "bench"):
         assert f"Example: python -m ref {command}" in " ".join(ref(command, "--help").split())
 
 
@@ -95,6 +95,12 @@ def test_info():
     assert "parameters: 800" in out and "decoding state of a sequence: 96 numbers" in out
     assert "no recurrent step" in ref("info", "--model", "hope")
     assert "operations per token" in ref("info", "--model", "hope", "--conv", "identity")
+
+
+def test_bench():
+    out = ref("bench", "hope", "--rounds", 1)
+    assert "BLAS core type" in out and out.count(" ms [") == 3 and "memory x" in out
+    assert "CUDA" in ref("bench", "--device", "cuda", expect=1)
 
 
 @pytest.mark.parametrize("what", ["kernel", "hankel", "matrix"])
