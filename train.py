@@ -91,6 +91,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
             logits, cache = network.forward(params, x, cfg, lengths, rng)
             loss, loss_cache = nn.softmax_cross_entropy_forward(logits, targets)
             _, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
+            grads = {name: g for name, g in grads.items() if groups[name].lr}
 
             loss, norm = backend.item(loss), optim.gradient_norm(grads)
             if not math.isfinite(loss + norm):
@@ -111,9 +112,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
             total = budget.total(step, total, seconds)
             progress.update(step, total, *log.running())
 
-        if not interrupt.asked:
-            progress.evaluating()
-            test = evaluate(params, cfg, data.test, data, recipe.batch_size, interrupt)
+        progress.evaluating()
+        test = evaluate(params, cfg, data.test, data, recipe.batch_size, interrupt)
 
     if interrupt.asked:
         print(f"Stopped after step {step}; everything is saved. To go on:\n    {resume_command}")
@@ -207,8 +207,8 @@ def describe(settings, params, cfg, recipe, data, total, xp):
     length = f"{total:,}" if math.isfinite(total) else f"in {settings['minutes']:g} minutes as many"
     print(f"{settings['model']} on {data.name} ({sizes}; {data.source})")
     print(
-        f"{count:,} parameters, {settings['dtype']}, at most about {megabytes:,.0f} MiB, "
-        f"{runs.device_name(xp)}, seed {settings['seed']}"
+        f"{count:,} parameters, {settings['dtype']}, at most about {megabytes:,.0f} MiB a step, "
+        f"{backend.device_name(xp)}, seed {settings['seed']}"
     )
     print(
         f"{backend.threads()} threads, BLAS core type {backend.blas_core()}, "

@@ -223,7 +223,7 @@ class _Block:
 
 _pool = {}  # size in bytes -> free blocks of that size
 _free_bytes = 0
-_MOST_FREE = 1 << 30
+_MOST_FREE = 1 << 28
 _SMALL = 1 << 16  # below this, malloc is as fast and touches no fresh pages
 
 

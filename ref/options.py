@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import sys
 
 import click
@@ -57,10 +56,6 @@ def run_command(command, arguments, name):
     except Error as e:
         return _failed(f"Error: {e}")
     except OSError as e:
-        if e.filename is None:
-            _give_up_output()
-        if isinstance(e, BrokenPipeError):
-            return 1
         return _failed(f"Error: {e.filename or 'the output'}: {e.strerror or e}.")
     return status if isinstance(status, int) else 0
 
@@ -68,9 +63,3 @@ def run_command(command, arguments, name):
 def _failed(sentence):
     print(sentence, file=sys.stderr)
     return 1
-
-
-def _give_up_output():
-    """Standard output failed: what its buffer holds goes nowhere, or it would fail again at exit"""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

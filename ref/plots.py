@@ -1,5 +1,6 @@
 """Pictures of runs and models: curves, kernels, Hankel singular values, matrices."""
 
+import contextlib
 import json
 
 import matplotlib
@@ -69,7 +70,7 @@ def curves(run, path):
     """Loss and accuracy against steps: training averaged, validation as points, baselines dashed"""
     if not (run / "metrics.jsonl").is_file():
         raise Error(f"{run} is not the folder of a run: it has no metrics.jsonl.")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = list(_whole_lines((run / "metrics.jsonl").read_text()))
     train = [entry for entry in lines if "loss" in entry]
     valid = [entry for entry in lines if "valid_loss" in entry]
     result = read_json(run / "result.json") if (run / "result.json").exists() else {"baselines": {}}
@@ -78,7 +79,7 @@ def curves(run, path):
         steps = np.array([entry["step"] for entry in train])
         values = np.array([entry[name] for entry in train])
         width = max(1, len(values) // 50)
-        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        smooth = np.convolve(values, np.ones(width) / width, "valid") if len(values) else values
         axis.plot(steps, values, color="tab:blue", alpha=0.25, lw=0.8)
         axis.plot(steps[len(steps) - len(smooth) :], smooth, color="tab:blue", label="training")
         points = [entry[f"valid_{name}"] for entry in valid]
@@ -98,6 +99,13 @@ def curves(run, path):
     left.legend()
     right.legend()
     _save(figure, path)
+
+
+def _whole_lines(text):
+    """The objects of metrics.jsonl; a killed run may have left half a line"""
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def kernel(layers, path):

@@ -91,14 +91,14 @@ _RECIPES = {
             "d_state": 64,
             "convention": "lra",
             "bidirectional": True,
-            "dt_min": 1e-3,
+            "dt_min": 1e-4,
             "dt_max": 1.0,
             "norm": "batch",
-            "batch_size": 32,
-            "steps": 2000,
+            "batch_size": 16,
+            "steps": 4000,
             "lr": 4e-3,
             "weight_decay": 0.03,
-            "ssm_lr": 1e-3,
+            "ssm_lr": 4e-3,
             "dt_lr": 1e-3,
             "warmup": 100,
         },
@@ -177,6 +177,8 @@ def read_settings(path):
         layer_class = network.model_module(saved["model"]).Config
         _check_names(saved["layer"], {f.name for f in fields(layer_class)})
         _check_names(saved["recipe"], {f.name for f in fields(Recipe)})
+        if not isinstance(saved["machine"], dict):
+            raise Error("machine is no object.")
         run = {f.name: saved[f.name] for f in fields(Run)}
         return saved | make_settings(run | saved["layer"] | saved["recipe"])
     except Error as e:
@@ -203,7 +205,7 @@ def _made(cls, values):
 
 def _check_names(values, names):
     if not isinstance(values, dict):
-        raise Error(f"expected an object with {', '.join(sorted(names))}.")
+        raise Error(f"expected an object, found {values!r:.40}.")
     if missing := sorted(names - values.keys()):
         raise Error(f"{', '.join(missing)} is missing.")
     if unknown := sorted(values.keys() - names):

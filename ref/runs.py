@@ -27,20 +27,13 @@ def machine(xp):
     return {
         "program": __version__,
         "processor": platform.machine(),
-        "device": device_name(xp),
+        "device": backend.device_name(xp),
         "threads": backend.threads(),
         "BLAS core type": backend.blas_core(),
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "kernels": "readable form" if backend.plain() else f"numba {numba.__version__}",
     }
-
-
-def device_name(xp):
-    """cpu, or cuda with the name of the card"""
-    if xp is np:
-        return "cpu"
-    return f"cuda ({xp.cuda.runtime.getDeviceProperties(0)['name'].decode()})"
 
 
 def data_checksum(data):

@@ -97,6 +97,14 @@ def test_info():
     assert "operations per token" in ref("info", "--model", "hope", "--conv", "identity")
 
 
+def test_curves_of_a_killed_run(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: nothing is drawn")
+    for lines in ("", '{"step": 1, "los', '{"step": 1, "loss": 2.0, "accuracy": 0.5}\n{"st'):
+        (tmp_path / "metrics.jsonl").write_text(lines)
+        ref("plot", tmp_path, "--what", "curves")
+        assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_bench():
     out = ref("bench", "hope", "--rounds", 1)
     assert "BLAS core type" in out and out.count(" ms [") == 3 and "memory x" in out

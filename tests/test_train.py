@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,10 @@ from ref import Error, backend, hope, network, optim, presets, runs
 from ref.files import read_tensors, write_tensors
 
 ROOT = Path(__file__).parent.parent
-START = ["--model", "hope", "--data", "lra-listops"]
-TINY = "--d-model=8 --n-layers=2 --d-state=8 --batch-size=8 --dropout=0.1 --warmup=5".split()
+START = "--model hope --data lra-listops"
+TINY = "--d-model 8 --n-layers 2 --d-state 8 --batch-size 8 --dropout 0.1 --warmup 5"
 # 14 is no multiple of save_every, and neither of log_every: what has to be kept in between shows.
-SHORT = [*TINY, *"--steps 14 --save-every 3 --eval-every 4 --log-every 5".split()]
+SHORT = f"{TINY} --steps 14 --save-every 3 --eval-every 4 --log-every 5"
 KEPT = ("config.json", "checkpoint.safetensors", "metrics.jsonl")
 
 
@@ -45,7 +47,14 @@ def tsv(tmp_path_factory):
             source = f"( {operator} {' '.join(map(str, digits))} ] )"
             lines.append(f"{source}\t{operators[operator](digits)}")
         (folder / f"basic_{name}.tsv").write_text("\n".join(lines) + "\n")
+    data_sets.load("lra-listops", folder)  # makes the cache: no run has to say that it reads them
     return folder
+
+
+def words(arguments):
+    """Texts at their spaces, all else, as paths, whole"""
+    split = (a.split() if isinstance(a, str) else [str(a)] for a in arguments)
+    return list(itertools.chain.from_iterable(split))
 
 
 @pytest.fixture
@@ -54,9 +63,9 @@ def call(tsv, capsys, monkeypatch):
     monkeypatch.setattr(train, "draw_curves", lambda out: None)
 
     def run(*arguments, fresh=True):
-        start = [*START, "--data-dir", tsv] if fresh else []
+        start = [START, "--data-dir", tsv] if fresh else []
         capsys.readouterr()
-        code = train.main(list(map(str, [*start, *arguments])))
+        code = train.main(words([*start, *arguments]))
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -74,7 +83,7 @@ def resume(call):
 def child(arguments, program=("train.py",), **options):
     """The same in a process of its own, started"""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    command = [sys.executable, *program, *map(str, arguments)]
+    command = [sys.executable, *program, *words(arguments)]
     return subprocess.Popen(command, cwd=ROOT, **options)
 
 
@@ -106,30 +115,20 @@ def killed(moment, arguments):
 
 
 @pytest.fixture
-def at_call(monkeypatch):
-    """Do something when module.name is called for the count-th time"""
+def signalled(monkeypatch):
+    """Send this process a signal when module.name is called for the count-th time"""
 
-    def at(module, name, count, action):
+    def at(module, name, count, number=signal.SIGINT):
         module = importlib.import_module(module)
         original, left = getattr(module, name), [count]
 
         def counted(*args, **kwargs):
             left[0] -= 1
             if left[0] == 0:
-                action()
+                os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
-
-    return at
-
-
-@pytest.fixture
-def signalled(at_call):
-    """Send this process a signal at a moment"""
-
-    def at(module, name, count, number=signal.SIGINT):
-        at_call(module, name, count, lambda: os.kill(os.getpid(), number))
 
     return at
 
@@ -166,14 +165,19 @@ def is_sentence(err):
     """One line, one or two sentences, no traceback"""
     line = err.strip()
     assert line.startswith("Error: ") and "\n" not in line and "Traceback" not in line, err
-    return len(re.findall(r"[.!?](?=\s|$)", line)) <= 2
+    return len(re.findall(r"[.!?](\s|$)", line)) <= 2
+
+
+def last(err):
+    """Its last line: before it, off a terminal, data.py names each file that it reads"""
+    return err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def whole(tsv, tmp_path_factory):
     """A run that nothing interrupts, through the command line, its output on pipes"""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = [*START, *SHORT, "--data-dir", tsv, "--out", out]
+    arguments = [START, SHORT, "--data-dir", tsv, "--out", out]
     code, text, err = finished(child(arguments))
     assert code == 0, err
     return out, text, err
@@ -202,12 +206,20 @@ def test_a_run_leaves_its_files(whole):
     assert said["step"] == said["steps"] == 14
 
 
+def test_without_matplotlib(tsv, tmp_path):
+    program = "import sys; sys.modules['matplotlib'] = None; import train; sys.exit(train.main())"
+    arguments = [START, TINY, "--steps 1 --data-dir", tsv, "--out", tmp_path]
+    code, _, err = finished(child(arguments, ("-c", program)))
+    assert code == 0 and err.startswith("curves.png is not drawn: matplotlib is not installed")
+    assert (tmp_path / "result.json").exists() and not (tmp_path / "curves.png").exists()
+
+
 def test_what_it_prints_on_a_pipe(whole, tsv):
     _, text, err = whole
     assert "\r" not in text + err and "\x1b" not in text + err
     for expected in (
         "hope on lra-listops (200 train, 30 valid, 30 test; read from basic_train.tsv",
-        r"1,146 parameters, float32, at most about \d+ MiB, (cpu|cuda \(.*\)), seed 0",
+        r"1,146 parameters, float32, at most about \d+ MiB a step, (cpu|cuda \(.*\)), seed 0",
         rf"{backend.threads()} threads, BLAS core type \w+, 14 steps of 8",
         r"to beat: majority class 0\.\d{4}, root operator alone 0\.\d{4}",
         r"step 8: validation loss \d\.\d{4}, accuracy \d\.\d{4}",
@@ -228,8 +240,8 @@ def test_config_says_what_decides_the_run(whole, tsv):
 
 def test_validation_and_training_lines_are_means(call, tmp_path):
     """Every fifth line is the mean of the five lines of a run that writes each"""
-    assert call(*SHORT, "--out", tmp_path / "a")[0] == 0
-    assert call(*SHORT, "--log-every", 1, "--out", tmp_path / "b")[0] == 0
+    assert call(SHORT, "--out", tmp_path / "a")[0] == 0
+    assert call(SHORT, "--log-every 1 --out", tmp_path / "b")[0] == 0
     each = {line["step"]: line for line in metrics(tmp_path / "b") if "loss" in line}
     line = next(line for line in metrics(tmp_path / "a") if line["step"] == 10)
     assert line["loss"] == pytest.approx(np.mean([each[i]["loss"] for i in range(6, 11)]))
@@ -240,7 +252,7 @@ def test_the_bar_on_a_terminal(tsv, tmp_path):
     """With loss, accuracy, speed and time left; Ctrl-C in it leaves a clean line"""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
-    arguments = [*START, *TINY, "--data-dir", tsv, "--steps", 10**6, "--out", tmp_path / "run"]
+    arguments = [START, TINY, "--data-dir", tsv, "--steps 1000000 --out", tmp_path / "run"]
     process = child(arguments, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
     seen, sent = "", False
@@ -266,22 +278,22 @@ def test_the_bar_on_a_terminal(tsv, tmp_path):
 
 
 def test_same_seed_same_bits_other_seed_others(call, whole, tmp_path):
-    assert call(*SHORT, "--out", tmp_path / "same")[0] == 0
+    assert call(SHORT, "--out", tmp_path / "same")[0] == 0
     assert same(tmp_path / "same", whole[0])
-    assert call(*SHORT, "--seed", 1, "--out", tmp_path / "other")[0] == 0
+    assert call(SHORT, "--seed 1 --out", tmp_path / "other")[0] == 0
     first, other = metrics(whole[0])[0], metrics(tmp_path / "other")[0]
     assert first["loss"] != other["loss"]
 
 
 def test_float64_is_float64_everywhere(call, tmp_path):
-    assert call(*SHORT, "--dtype", "float64", "--out", tmp_path / "run")[0] == 0
+    assert call(SHORT, "--dtype float64 --out", tmp_path / "run")[0] == 0
     tensors, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
     assert {str(t.dtype) for t in tensors.values()} == {"float64"}
 
 
 def test_fractional_epochs(call, tmp_path, tsv):
     per_epoch = data_sets.steps_per_epoch(data_sets.load("lra-listops", tsv), 8)
-    assert call(*TINY, "--epochs", 0.3, "--out", tmp_path / "run")[0] == 0
+    assert call(TINY, "--epochs 0.3 --out", tmp_path / "run")[0] == 0
     assert result(tmp_path / "run")["step"] == math.ceil(0.3 * per_epoch) < per_epoch
 
 
@@ -319,8 +331,8 @@ def test_what_is_given_decides_how_long_it_takes():
 
 
 def test_paper_runs(call, tmp_path):
-    arguments = "--preset paper --d-model 8 --n-layers 2 --steps 2".split()
-    assert call(*arguments, "--out", tmp_path / "run")[0] == 0
+    paper = "--preset paper --d-model 8 --n-layers 2 --steps 2"
+    assert call(paper, "--out", tmp_path / "run")[0] == 0
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["preset"] == "paper" and settings["recipe"]["dt_lr"] == 0
     tensors, _ = checkpoint(tmp_path / "run")
@@ -332,8 +344,7 @@ def test_paper_runs(call, tmp_path):
 
 def test_minutes_with_steps_end_early_and_can_be_extended(call, resume, tmp_path):
     out = tmp_path / "run"
-    limited = [*TINY, "--steps", 10**6, "--minutes", 0.01]
-    code, text, _ = call(*limited, "--out", out)
+    code, text, _ = call(TINY, "--steps 1000000 --minutes 0.01 --out", out)
     assert (
         code == 0 and f"The time is over. To train on:\n    python train.py --resume {out}" in text
     )
@@ -342,16 +353,16 @@ def test_minutes_with_steps_end_early_and_can_be_extended(call, resume, tmp_path
     assert metrics(out)[-1].keys() == {"step", "valid_loss", "valid_accuracy"}
     assert resume(out)[0] == 0 and result(out) == first  # its minutes are over
     seconds = json.loads((out / "result.json").read_text())["seconds"]
-    assert resume(out, "--minutes", seconds / 60 + 0.01)[0] == 0
+    assert resume(out, "--minutes", seconds / 60 + 0.02)[0] == 0
     assert result(out)["step"] > first["step"]
 
 
 def test_minutes_alone_fit_the_schedule(call, tmp_path):
     out = tmp_path / "run"
-    code, text, _ = call(*TINY, "--minutes", 0.02, "--log-every", 1, "--out", out)
+    code, text, _ = call(TINY, "--minutes 0.02 --log-every 1 --out", out)
     assert code == 0 and "in 0.02 minutes as many steps of 8" in text
     rates = [line["lr"] for line in metrics(out) if "lr" in line]
-    assert rates[-1] < 0.5 * max(rates)
+    assert rates[-1] < 0.9 * max(rates)
     assert json.loads((out / "result.json").read_text())["seconds"] < 60
 
 
@@ -368,9 +379,9 @@ def test_budget_finds_the_steps_from_the_first_tenth():
 def test_interrupted_before_the_time_has_decided(call, resume, signalled, tmp_path):
     out = tmp_path / "run"
     signalled("ref.optim", "adamw_update", 3)
-    assert call(*TINY, "--minutes", 60, "--out", out)[0] == 0
+    assert call(TINY, "--minutes 60 --out", out)[0] == 0
     assert checkpoint(out)[1]["total"] == math.inf
-    assert resume(out, "--minutes", 1e-6)[0] == 0
+    assert resume(out, "--minutes 1e-6")[0] == 0
     assert result(out)["step"] == result(out)["steps"] == 3
 
 
@@ -389,7 +400,7 @@ ANY_MOMENT = {
 @pytest.mark.parametrize("moment", ANY_MOMENT.values(), ids=ANY_MOMENT)
 def test_killed_and_resumed(whole, tsv, tmp_path, resume, moment):
     out = tmp_path / "run"
-    killed(moment, [*START, *SHORT, "--data-dir", tsv, "--out", out])
+    killed(moment, [START, SHORT, "--data-dir", tsv, "--out", out])
     assert (out / "config.json").exists() and not (out / "result.json").exists()
     assert bool(list(out.glob("*.tmp"))) == (moment[0] == "os")
     code, _, err = resume(out)
@@ -399,11 +410,11 @@ def test_killed_and_resumed(whole, tsv, tmp_path, resume, moment):
 
 def test_killed_at_a_random_step_again_and_again(call, tsv, tmp_path):
     """Through the real command line, as often as it takes"""
-    long = [*TINY, *"--steps 400 --save-every 7 --eval-every 150 --log-every 1".split()]
-    assert call(*long, "--out", tmp_path / "whole")[0] == 0
+    long = f"{TINY} --steps 250 --save-every 7 --eval-every 100 --log-every 1"
+    assert call(long, "--out", tmp_path / "whole")[0] == 0
     out, kills, rng = tmp_path / "run", 0, np.random.default_rng()
-    process = child([*START, *long, "--data-dir", tsv, "--out", out])
-    for target in (int(rng.integers(20, 120)), int(rng.integers(150, 250))):
+    process = child([START, long, "--data-dir", tsv, "--out", out])
+    for target in (int(rng.integers(10, 80)), int(rng.integers(90, 160))):
         while process.poll() is None:
             log = out / "metrics.jsonl"
             if log.exists() and log.read_bytes().count(b"\n") >= target:
@@ -420,7 +431,7 @@ def test_killed_at_a_random_step_again_and_again(call, tsv, tmp_path):
 def test_asked_to_stop(whole, tsv, tmp_path, resume, number):
     """The checkpoint is of the step that it stopped at, not of the last regular save"""
     out = tmp_path / "run"
-    arguments = [*START, *SHORT, "--data-dir", tsv, "--out", out]
+    arguments = [START, SHORT, "--data-dir", tsv, "--out", out]
     process = child(["ref.optim", "adamw_update", 5, int(number), *arguments], ("-c", KILLED))
     code, text, err = finished(process)
     assert code == 0 and err.strip() == "Stopping after this step; once more ends at once."
@@ -431,25 +442,26 @@ def test_asked_to_stop(whole, tsv, tmp_path, resume, number):
     assert same(out, whole[0])
 
 
-def test_interrupted_again_and_again(call, resume, whole, tmp_path, at_call):
-    """At every step, in evaluations too"""
-    out = tmp_path / "run"
-    at_call("ref.network", "forward", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert call(*SHORT, "--out", out)[0] == 0
-    for _ in range(100):
-        if (out / "result.json").exists():
-            break
-        at_call("ref.network", "forward", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        code, text, _ = resume(out)
-        assert code == 0 and "Traceback" not in text
+def test_interrupted_again_and_again(call, resume, whole, tmp_path, signalled, monkeypatch):
+    """In steps and in evaluations, at least eight times"""
+    out, stops = tmp_path / "run", 0
+    signalled("ref.network", "forward", 2)
+    assert call(SHORT, "--out", out)[0] == 0
+    while not (out / "result.json").exists() and stops < 50:
+        with monkeypatch.context():
+            # An evaluation takes four batches: of two stops in a row the second is beyond it.
+            signalled("ref.network", "forward", 7 if stops % 2 else 3, signal.SIGTERM)
+            assert resume(out)[0] == 0
+        stops += 1
+    assert stops > 8
     assert same(out, whole[0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5], ids=["validation", "its end", "last", "test"])
-def test_interrupted_in_an_evaluation(call, resume, whole, tmp_path, at_call, count):
+@pytest.mark.parametrize("count", [1, 2, 4, 5], ids=["first", "second", "last", "test"])
+def test_interrupted_in_an_evaluation(call, resume, whole, tmp_path, signalled, count):
     out = tmp_path / "run"
-    at_call("train", "evaluate", count, lambda: os.kill(os.getpid(), signal.SIGINT))
-    code, text, _ = call(*SHORT, "--out", out)
+    signalled("train", "evaluate", count)
+    code, text, _ = call(SHORT, "--out", out)
     step = min(4 * count, 14)
     assert code == 0 and f"Stopped after step {step}; everything is saved." in text
     assert not (out / "result.json").exists()
@@ -461,7 +473,7 @@ def test_asked_twice_it_ends_at_once(call, resume, whole, tmp_path, signalled):
     out = tmp_path / "run"
     signalled("ref.optim", "adamw_update", 8)
     signalled("ref.network", "running_statistics", 8)
-    code, _, err = call(*SHORT, "--out", out)
+    code, _, err = call(SHORT, "--out", out)
     assert code == 1 and err.endswith("Interrupted.\n")
     assert checkpoint(out)[1]["step"] == 6  # the last regular one
     assert resume(out)[0] == 0
@@ -470,7 +482,7 @@ def test_asked_twice_it_ends_at_once(call, resume, whole, tmp_path, signalled):
 
 def test_interrupted_before_it_starts(call, tmp_path, signalled):
     signalled("data", "load", 1)
-    code, _, err = call(*SHORT, "--out", tmp_path / "run")
+    code, _, err = call(SHORT, "--out", tmp_path / "run")
     assert code == 1 and err.strip() == "Interrupted." and not (tmp_path / "run").exists()
 
 
@@ -484,7 +496,7 @@ def test_resume_copes_with_the_end_of_metrics(call, resume, whole, tmp_path, sig
     """A line cut by a kill, one that is no line of ours, and lines beyond the checkpoint"""
     out = tmp_path / "run"
     signalled("ref.optim", "adamw_update", 6)
-    assert call(*SHORT, "--out", out)[0] == 0
+    assert call(SHORT, "--out", out)[0] == 0
     with (out / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 9, "loss": 7}\n[1]\n\xff\n3\n{"step": 6, "lo')
     assert resume(out)[0] == 0
@@ -532,11 +544,11 @@ def test_threads_are_kept_and_can_be_changed(call, resume, tmp_path):
         pytest.skip("one core")
     out = tmp_path / "run"
     try:
-        assert call(*SHORT, "--threads", 1, "--out", out)[0] == 0
+        assert call(SHORT, "--threads 1 --out", out)[0] == 0
         backend.set_threads(2)
         code, text, err = resume(out)
         assert code == 0 and "\n1 threads, " in text and not err
-        code, text, err = resume(out, "--threads", 2)
+        code, text, err = resume(out, "--threads 2")
         assert "\n2 threads, " in text and err.startswith("Warning: threads was 1 and is 2: ")
     finally:
         backend.set_threads(backend.available_cores())
@@ -553,7 +565,7 @@ def test_data_may_move_but_not_change(resume, copy, tsv, tmp_path):
     lines = (moved / "basic_train.tsv").read_text().splitlines()
     (moved / "basic_train.tsv").write_text("\n".join(lines[:-1]))
     code, _, err = resume(copy, "--data-dir", moved)
-    assert code == 1 and is_sentence(err) and "the data are not those of the run" in err
+    assert code == 1 and is_sentence(last(err)) and "the data are not those of the run" in err
 
 
 # Wrong usage: 2, one or two sentences, and nothing written
@@ -571,7 +583,7 @@ USAGE = {
     "--norm foo": "expected one of",
     "--decoder foo": "expected one of: mean, last, lm",
     "--decoder lm": "language modelling needs a causal map",
-    "--conv causal": "a causal map has one direction only",
+    "--conv causal": "bidirectional",
     "--batch-size 0": "batch_size=0: expected at least 1",
     "--batch-size 2.5": "'2.5' is not a valid int",
     "--lr -1": "lr=-1.0: expected 0 or more",
@@ -584,12 +596,13 @@ USAGE = {
     "--steps 5 --epochs 1": "give one of the two",
     "--minutes 0": "not in the range",
     "--minutes nan": "minutes=nan: expected",
-    "--d-model 0": "d_model=0",
-    "--d-state 0": "d_state=0",
+    "--d-model 0": "d_model",
+    "--d-state 0": "d_state",
     "--n-layers 0": "n_layers=0: expected at least 1",
     "--log-every 0": "log_every=0: expected at least 1",
     "--dropout 1.5": "dropout",
     "--dropout nan": "dropout",
+    "--scale-factor 0": "scale_factor",
     "--scale-factor nan": "scale_factor=nan: expected",
     "--seed -1": "seed=-1: expected 0 or more",
     f"--seed {10**30}": "expected a number below",
@@ -602,32 +615,31 @@ USAGE = {
 
 @pytest.mark.parametrize("given", USAGE)
 def test_wrong_usage(call, tmp_path, given):
-    code, out, err = call("--out", tmp_path / "run", *given.split())
+    code, out, err = call("--out", tmp_path / "run", given)
     assert (code, out) == (2, "") and is_sentence(err) and USAGE[given] in err
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["--model", "--data"])
 def test_missing_model_or_data(call, tmp_path, missing):
-    i = START.index(missing)
-    rest = START[:i] + START[i + 2 :]
-    code, _, err = call(*rest, "--out", tmp_path / "run", fresh=False)
+    rest = re.sub(rf"{missing} \S+", "", START)
+    code, _, err = call(rest, "--out", tmp_path / "run", fresh=False)
     assert code == 2 and is_sentence(err) and f"{missing} is missing" in err
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "given", ["--lr 1", "--out elsewhere", "--seed 0", "--preset small", *map(" ".join, [START])]
+    "given", ["--lr 1", "--out elsewhere", "--seed 0", "--preset small", START]
 )
 def test_resume_goes_with_few_options(resume, copy, given):
-    code, _, err = resume(copy, *given.split())
+    code, _, err = resume(copy, given)
     assert code == 2 and is_sentence(err)
     assert f"cannot be combined with {', '.join(sorted(given.split()[::2]))}." in err
 
 
 def test_wrong_values_for_resume(resume, copy):
     for given in ("--minutes nan", "--threads 9999", "--device tpu"):
-        code, _, err = resume(copy, *given.split())
+        code, _, err = resume(copy, given)
         assert code == 2 and is_sentence(err)
 
 
@@ -635,8 +647,8 @@ def test_wrong_values_for_resume(resume, copy):
 
 
 def test_no_target_at_every_position(call, tmp_path):
-    arguments = "--decoder lm --conv causal --no-bidirectional".split()
-    code, _, err = call(*TINY, *arguments, "--out", tmp_path / "run")
+    causal = "--decoder lm --conv causal --no-bidirectional"
+    code, _, err = call(TINY, causal, "--out", tmp_path / "run")
     assert code == 1 and is_sentence(err) and "one target a sample" in err
     assert not (tmp_path / "run").exists()
 
@@ -644,7 +656,7 @@ def test_no_target_at_every_position(call, tmp_path):
 def test_no_gpu(call, tmp_path):
     if backend._cupy_or_reason()[0] is not None:
         pytest.skip("there is one")
-    code, _, err = call(*TINY, "--device", "cuda", "--out", tmp_path / "run")
+    code, _, err = call(TINY, "--device cuda --out", tmp_path / "run")
     assert code == 1 and is_sentence(err) and "--device cuda" in err
     assert not (tmp_path / "run").exists()
 
@@ -652,14 +664,14 @@ def test_no_gpu(call, tmp_path):
 @pytest.mark.parametrize("below", ["file", "file/run", "file/a/b"])
 def test_an_out_that_cannot_be_written(call, tmp_path, below):
     (tmp_path / "file").write_text("mine")
-    code, text, err = call(*SHORT, "--out", tmp_path / below)
+    code, text, err = call(SHORT, "--out", tmp_path / below)
     assert (code, text) == (1, "") and is_sentence(err) and "Not a directory" in err
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_out_with_too_long_a_name(call, tmp_path):
-    code, _, err = call(*SHORT, "--out", tmp_path / ("a" * 300))
+    code, _, err = call(SHORT, "--out", tmp_path / ("a" * 300))
     assert code == 1 and is_sentence(err) and "File name too long" in err
     assert not any(tmp_path.iterdir())
 
@@ -667,7 +679,7 @@ def test_an_out_with_too_long_a_name(call, tmp_path):
 @pytest.mark.parametrize("name", KEPT)
 def test_an_out_that_holds_a_run(call, tmp_path, name):
     (tmp_path / name).write_text("mine")
-    code, _, err = call(*SHORT, "--out", tmp_path)
+    code, _, err = call(SHORT, "--out", tmp_path)
     assert code == 1 and is_sentence(err) and "holds a run already" in err
     assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
@@ -675,7 +687,7 @@ def test_an_out_that_holds_a_run(call, tmp_path, name):
 def test_a_folder_name_that_is_no_text(tsv, tmp_path):
     """Printed as the bytes that it is"""
     out = os.fsencode(tmp_path) + b"/\xff"
-    arguments = [*START, *SHORT, "--data-dir", tsv, "--out", os.fsdecode(out)]
+    arguments = [START, SHORT, "--data-dir", tsv, "--out", Path(os.fsdecode(out))]
     process = child(
         ["ref.optim", "adamw_update", 2, int(signal.SIGINT), *arguments], ("-c", KILLED), text=False
     )
@@ -700,22 +712,23 @@ def test_resume_where_there_is_no_run(resume, tmp_path):
 )
 def test_bad_data(call, tsv, tmp_path, name, text, said):
     folder = shutil.copytree(tsv, tmp_path / "data")
+    (folder / "lra-listops-tsv.safetensors").unlink(missing_ok=True)
     path = folder / f"basic_{name}.tsv"
     path.write_text(text) if text else path.unlink()
-    code, out, err = call(*SHORT, "--out", tmp_path / "run", "--data-dir", folder)
+    code, out, err = call(SHORT, "--out", tmp_path / "run", "--data-dir", folder)
     assert (code, out) == (1, "") and said in err
-    assert is_sentence(err.splitlines()[-1]) and not (tmp_path / "run").exists()
+    assert is_sentence(last(err)) and not (tmp_path / "run").exists()
 
 
 def test_too_large_for_memory(call, tmp_path):
-    code, _, err = call(*START, "--d-model", 10**12, "--out", tmp_path / "run")
+    code, _, err = call("--d-model 1000000000000 --out", tmp_path / "run")
     assert code == 1 and is_sentence(err) and "out of memory" in err
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_diverging(call, tmp_path):
-    code, _, err = call(*SHORT, "--lr", 1e15, "--clip", 0, "--out", tmp_path / "run")
+    """No warning of NumPy's comes before the sentence: pytest would make it an error"""
+    code, _, err = call(SHORT, "--lr 1e15 --weight-decay 1e15 --clip 0 --out", tmp_path / "run")
     assert code == 1 and is_sentence(err) and "Training has diverged" in err
     assert "the last checkpoint is of step 0" in err
     assert checkpoint(tmp_path / "run")[1]["step"] == 0
@@ -752,7 +765,7 @@ def test_a_nan_is_never_saved(call, tmp_path, monkeypatch, where):
     monkeypatch.setattr(network, "forward", spoilt_forward)
     monkeypatch.setattr(optim, "gradient_norm", spoilt_norm)
     out = tmp_path / "run"
-    code, _, err = call(*SHORT, "--out", out)
+    code, _, err = call(SHORT, "--out", out)
     assert code == 1 and is_sentence(err) and "diverged" in err
     tensors, metadata = read_tensors(out / "checkpoint.safetensors")
     assert all(np.isfinite(t).all() for t in tensors.values())
@@ -772,7 +785,7 @@ def test_a_full_disk_while_saving(call, resume, whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
-        code, _, err = call(*SHORT, "--out", out)
+        code, _, err = call(SHORT, "--out", out)
     assert code == 1 and is_sentence(err)
     assert f"Cannot write {out / 'checkpoint.safetensors'}: No space left on device" in err
     assert not list(out.glob("*.tmp")) and checkpoint(out)[1]["step"] == 3
@@ -789,27 +802,34 @@ def limited(arguments, size):
 
 def test_no_room_for_the_metrics(tsv, tmp_path, resume, call):
     """A line that does not fit is an error, and what is there of it does no harm"""
-    long = [*TINY, *"--steps 400 --save-every 10 --log-every 1".split()]
-    out, size = tmp_path / "run", 25_000
-    code, _, err = limited([*START, *long, "--data-dir", tsv, "--out", out], size)
+    long = f"{TINY} --steps 150 --save-every 40 --log-every 1"
+    out, size = tmp_path / "run", 20_000
+    code, _, err = limited([START, long, "--data-dir", tsv, "--out", out], size)
     assert code == 1 and is_sentence(err)
     assert f"Cannot write {out / 'metrics.jsonl'}: " in err
     assert (out / "metrics.jsonl").stat().st_size == size
     assert resume(out)[0] == 0
-    assert call(*long, "--out", tmp_path / "whole")[0] == 0
+    assert call(long, "--out", tmp_path / "whole")[0] == 0
     assert same(out, tmp_path / "whole")
+
+
+def test_half_a_line_of_metrics_is_an_error(tmp_path, monkeypatch):
+    log = runs.Log(tmp_path, 0, [], 1)
+    monkeypatch.setattr(log, "file", types.SimpleNamespace(write=lambda line: len(line) - 1))
+    with pytest.raises(Error, match=r"Cannot write .*metrics\.jsonl: the disk is full"):
+        log.write(step=1)
 
 
 def test_no_room_for_the_checkpoint(tsv, tmp_path):
     out = tmp_path / "run"
-    code, _, err = limited([*START, *SHORT, "--data-dir", tsv, "--out", out], 5_000)
+    code, _, err = limited([START, SHORT, "--data-dir", tsv, "--out", out], 5_000)
     assert code == 1 and is_sentence(err)
     assert f"Cannot write {out / 'checkpoint.safetensors'}: File too large" in err
     assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
 def test_nobody_reads_the_output():
-    """A full device under the output gives a sentence; a pipe that was closed, the exit code alone"""
+    """A full device under the output: a sentence. A pipe that was closed: the exit code alone."""
     with open("/dev/full", "w") as full:
         code, _, err = finished(child(["--version"], stdout=full))
     assert code == 1 and err == "Error: the output: No space left on device.\n"
@@ -839,18 +859,15 @@ def test_a_flipped_bit_anywhere(whole, tmp_path):
     """In the header's length, in the header, in the data"""
     path = tmp_path / "checkpoint.safetensors"
     content = (whole[0] / "checkpoint.safetensors").read_bytes()
-    data = data_sets.load(
-        "lra-listops", json.loads((whole[0] / "config.json").read_text())["data_dir"]
-    )
     settings = presets.read_settings(whole[0] / "config.json")
-    cfg = train.network_config(settings, data)
+    cfg = train.network_config(settings, data_sets.load("lra-listops", settings["data_dir"]))
     params = network.init(cfg, np.random.default_rng(0))
     groups = train.optimiser_groups(params, cfg, presets.Recipe(**settings["recipe"]))
     moments = optim.adamw_init({n: p for n, p in params.items() if groups[n].lr})
     path.write_bytes(content)
     runs.load_checkpoint(path, params, moments)
     header = int.from_bytes(content[:8], "little")
-    for i in [*range(8 + header), *range(8 + header, len(content), 97)]:
+    for i in [*range(0, 8 + header, 5), *range(8 + header, len(content), 97)]:
         path.write_bytes(content[:i] + bytes([content[i] ^ (1 << i % 8)]) + content[i + 1 :])
         with pytest.raises(Error, match="checkpoint") as e:
             runs.load_checkpoint(path, params, moments)
@@ -868,12 +885,12 @@ def test_a_flipped_header_through_the_command_line(resume, copy):
 
 def test_a_checkpoint_of_another_configuration(call, resume, copy, tmp_path):
     for name, options in {
-        "wider": ["--d-model", 16],
-        "deeper": ["--n-layers", 3],
-        "double": ["--dtype", "float64"],
-        "frozen": ["--dt-lr", 0],
+        "wider": "--d-model 16",
+        "deeper": "--n-layers 3",
+        "double": "--dtype float64",
+        "frozen": "--dt-lr 0",
     }.items():
-        assert call(*SHORT, *options, "--steps", 1, "--out", tmp_path / name)[0] == 0
+        assert call(SHORT, options, "--steps 1 --out", tmp_path / name)[0] == 0
         shutil.copy(tmp_path / name / "checkpoint.safetensors", copy)
         code, _, err = resume(copy)
         assert code == 1 and is_sentence(err) and "is of another configuration: " in err
@@ -912,9 +929,9 @@ DAMAGED = {
     "no model": (lambda s: without(s, "model"), "model is missing"),
     "no seed": (lambda s: without(s, "seed"), "seed is missing"),
     "no machine": (lambda s: without(s, "machine"), "machine is missing"),
-    "machine": (lambda s: s | {"machine": "mine"}, "machine"),
+    "machine": (lambda s: s | {"machine": "mine"}, "machine is no object"),
     "no layer": (lambda s: without(s, "layer"), "layer is missing"),
-    "layer": (lambda s: s | {"layer": 3}, "expected an object"),
+    "layer": (lambda s: s | {"layer": 3}, "expected an object, found 3"),
     "field": (lambda s: s | {"layer": without(s["layer"], "norm")}, "norm is missing"),
     "no lr": (lambda s: s | {"recipe": without(s["recipe"], "lr")}, "lr is missing"),
     "key": (lambda s: s | {"colour": "red"}, "colour is not known"),
