@@ -51,9 +51,7 @@ def embedding_backward(dy, cache):
         return twin.embedding_backward(dy, tokens, V)
     xp, rows, tokens = array_module(dy), dy.reshape(-1, D), tokens.reshape(-1)
     dW, piece = xp.zeros((V, D), dtype=dy.dtype), max(1, (1 << 26) // V)
-    for i in range(
-        0, len(rows), piece
-    ):  # one-hot products: unlike scattering, the same bits each time
+    for i in range(0, len(rows), piece):  # products: unlike scattering, the same bits each time
         one_hot = tokens[None, i : i + piece] == xp.arange(V)[:, None]
         dW += one_hot.astype(dy.dtype) @ rows[i : i + piece]
     return dW
@@ -95,8 +93,7 @@ def rms_norm_backward(dy, cache):
 
 
 def batch_norm_forward(x, weight, bias, mean, var, training):
-    """x (..., D) -> y = weight x̂ + bias, with the moments of the batch (training) or the running
-    ones (D,).
+    """x (..., D) -> y = weight x̂ + bias by the batch's moments (training) or the running ones.
 
     The cache's last entry is the batch's (mean, var, count), for batch_norm_running.
     """
@@ -105,7 +102,7 @@ def batch_norm_forward(x, weight, bias, mean, var, training):
         mean, var = _moments(x, count)
     r = 1 / xp.sqrt(var + EPS)
     if twin := twins("nn", x):
-        y = twin.scale_shift(x, weight * r, bias - weight * r * mean)
+        y = twin.scale_shift(x, mean, weight * r, bias)
     else:
         y = weight * ((x - mean) * r) + bias
     return y, (x, r, weight, training, (mean, var, count))
@@ -134,14 +131,11 @@ def batch_norm_backward(dy, cache):
     if not training:
         return dy * (weight * r), dweight, dbias
     if twin:
-        return (
-            twin.batch_norm_input_gradient(
-                dy, x, mean, r, weight * r, dbias / count, dweight / count
-            ),
-            dweight,
-            dbias,
-        )
-    return weight * r * (dy - dbias / count - xhat * (dweight / count)), dweight, dbias
+        means = dbias / count, dweight / count
+        dx = twin.batch_norm_input_gradient(dy, x, mean, r, weight * r, *means)
+    else:
+        dx = weight * r * (dy - dbias / count - xhat * (dweight / count))
+    return dx, dweight, dbias
 
 
 def batch_norm_running(mean, var, cache, momentum=0.1):
@@ -262,7 +256,6 @@ def dropout_forward(x, p, rng, tied=False):
     """x (B, L, D) -> x · mask, mask 0 with probability p, else 1/(1-p).
 
     tied: one mask (B, 1, D) for all times.
-
     rng is a NumPy Generator, or None outside training: then y is x.
     """
     if rng is None or p == 0:

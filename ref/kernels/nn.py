@@ -131,20 +131,20 @@ def _moments(x, mean, square):
             mean[piece, d], square[piece, d] = m[d], s[d]
 
 
-def scale_shift(x, scale, shift):
-    """x (..., D), scale, shift (D,) -> scale x + shift"""
+def scale_shift(x, mean, scale, shift):
+    """x (..., D), mean, scale, shift (D,) -> scale (x - mean) + shift"""
     y = empty(x.shape, x.dtype)
-    _launch(_scale_shift, _rows(x), scale, shift, y.reshape(-1, x.shape[-1]))
+    _launch(_scale_shift, _rows(x), mean, scale, shift, y.reshape(-1, x.shape[-1]))
     return y
 
 
 @njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
-def _scale_shift(x, scale, shift, y):
+def _scale_shift(x, mean, scale, shift, y):
     R, D = x.shape
     for piece in prange((R + ROWS - 1) // ROWS):
         for row in range(piece * ROWS, min(R, (piece + 1) * ROWS)):
             for d in range(D):
-                y[row, d] = scale[d] * x[row, d] + shift[d]
+                y[row, d] = scale[d] * (x[row, d] - mean[d]) + shift[d]
 
 
 def batch_norm_sums(dy, x, mean, r):
