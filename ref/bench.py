@@ -6,6 +6,7 @@ the peak of a fresh process rises above what it holds before the call.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import time
 
@@ -20,14 +21,17 @@ def environment(xp):
     """One line that a ratio must name: device, or threads, BLAS core type, allocator; versions"""
     versions = f"numpy {np.__version__}"
     with contextlib.suppress(ImportError):
-        import torch
-
-        versions += f", torch {torch.__version__}"
+        versions += f", torch {_peer('torch').__version__}"
     if xp is not np:
         return f"{backend.device_name(xp)}, {xp.__name__} {xp.__version__}, {versions}"
     core = backend.blas_core()
     malloc = "malloc keeps freed memory (for all candidates)"
     return f"{backend.threads()} threads, BLAS core type {core}, {malloc}, {versions}"
+
+
+def _peer(name):
+    """The library that is compared with; nothing else in the project knows it"""
+    return importlib.import_module(name)
 
 
 def run(models, against, rounds=ROUNDS, device="cpu"):
@@ -119,8 +123,7 @@ def hope_sampling(xp, against=None, small=False):
 
 def _torch_sampling(h, log_dt, dg):
     """As the published code does it: (2), its angle, the whole (D, L, n) table, one sum"""
-    import torch
-
+    torch = _peer("torch")
     h, log_dt, dg = (torch.from_dlpack(a).clone() for a in (h, log_dt, dg))
     h.requires_grad_()
     log_dt.requires_grad_()
@@ -159,8 +162,7 @@ def hope_mixer(xp, against=None, small=False):
 
 def _torch_mixer(params, x, dy):
     """The published layer: complex FFTs of (B, D, L), every node, Conv1d of width 1"""
-    import torch
-
+    torch = _peer("torch")
     p = {name: torch.from_dlpack(a).clone().requires_grad_() for name, a in params.items()}
     x, dy = (torch.from_dlpack(a).mT.clone() for a in (x, dy))
     x.requires_grad_()
