@@ -5,9 +5,9 @@ Every figure is the median of several rounds in which the candidates run in turn
 the peak of a fresh process rises above what it holds before the call.
 """
 
-import contextlib
 import importlib
 import multiprocessing
+import os
 import time
 
 import numpy as np
@@ -17,11 +17,11 @@ from ref import backend, hope
 ROUNDS = 9
 
 
-def environment(xp):
+def environment(xp, against):
     """One line that a ratio must name: device, or threads, BLAS core type, allocator; versions"""
     versions = f"numpy {np.__version__}"
-    with contextlib.suppress(ImportError):
-        versions += f", torch {_peer('torch').__version__}"
+    if against:
+        versions += f", {against} {_peer(against).__version__}"
     if xp is not np:
         return f"{backend.device_name(xp)}, {xp.__name__} {xp.__version__}, {versions}"
     core = backend.blas_core()
@@ -37,12 +37,12 @@ def _peer(name):
 def run(models, against, rounds=ROUNDS, device="cpu"):
     """Print one table per benchmark of the models; against: torch or None; device as in train.py"""
     xp = backend.select_device(device)
-    print(environment(xp))
+    print(environment(xp, against))
     for model in models:
         for title, make in BENCHES[model].items():
             print(f"\n{title}")
             times = interleaved(make(xp, against), rounds, xp)
-            on_host = xp is np  # where the peak of a process says something
+            on_host = xp is np and os.path.exists("/proc/self/clear_refs")  # else no peak is known
             peaks = {name: peak(make, name, against) if on_host else None for name in times}
             base = next(iter(times))
             for name, seconds in times.items():
