@@ -1,8 +1,10 @@
 """Numba twins of ref/hope.py: Horner on the nodes for the transfer function, the all-pass ladder
 for the causal kernel.
 
-Memory O(D L); nothing of size (D, L, n). Results do not depend on the number of threads: one
-channel (sampling) or one block of channels (ladder) is one thread's work.
+Everything runs in float64 inside, whatever the precision outside: an error of 1/w' or of the pole
+counts n times in what is made of it. Memory O(D L); nothing of size (D, L, n). Results do not
+depend on the number of threads: one channel (sampling) or one block of channels (ladder) is one
+thread's work.
 """
 
 import math
@@ -16,22 +18,19 @@ W = 32  # nodes side by side: the inner loops over l are vector code
 CHANNELS = 8  # channels side by side in the ladder
 
 
-def _half_angles(L, J, dtype):
+def _float64(h, log_dt, L, J):
+    """Re h, Im h (D, n), dt (D,), cosine and sine of the half angles (J,)"""
     half = np.arange(J) * (math.pi / L)
-    return np.cos(half).astype(dtype), np.sin(half).astype(dtype)
-
-
-def _parts(h):
-    return np.ascontiguousarray(h.real), np.ascontiguousarray(h.imag)
+    h = h.astype(np.complex128)
+    dt = np.exp(log_dt.astype(np.float64))
+    return h.real.copy(), h.imag.copy(), dt, np.cos(half), np.sin(half)
 
 
 def sample_forward(h, log_dt, L, J):
     """h (D, n), log_dt (D,) -> g (D, J): see ref.hope.sample_forward"""
     g = np.empty((len(h), J), complex_dtype(log_dt.dtype))
     with parallel_lock:
-        _sample_forward(
-            *_parts(h), np.exp(log_dt), *_half_angles(L, J, log_dt.dtype), g.view(log_dt.dtype)
-        )
+        _sample_forward(*_float64(h, log_dt, L, J), g.view(log_dt.dtype))
     return g
 
 
@@ -40,14 +39,7 @@ def sample_backward(dg, h, log_dt, L, J):
     dh, dlog_dt = np.empty(h.shape, complex_dtype(log_dt.dtype)), np.empty_like(log_dt)
     dg = np.ascontiguousarray(dg).view(log_dt.dtype)
     with parallel_lock:
-        _sample_backward(
-            dg,
-            *_parts(h),
-            np.exp(log_dt),
-            *_half_angles(L, J, log_dt.dtype),
-            dh.view(log_dt.dtype),
-            dlog_dt,
-        )
+        _sample_backward(dg, *_float64(h, log_dt, L, J), dh.view(log_dt.dtype), dlog_dt)
     return dh, dlog_dt
 
 
@@ -59,11 +51,10 @@ def sample_backward(dg, h, log_dt, L, J):
 @njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
 def _inverse_nodes(j0, dt, cosine, sine, work):
     """work[:2W] = real and imaginary parts of 1/w' at nodes j0 .. j0+W, the last one repeated"""
-    one = work.dtype.type(1)  # of the arrays' type: an integer would make the product float64
     for l in range(W):
         j = min(j0 + l, len(cosine) - 1)
         c, s = dt * cosine[j], sine[j]
-        r = one / (c * c + s * s)
+        r = 1 / (c * c + s * s)
         work[l], work[W + l] = (c * c - s * s) * r, -(s * c + s * c) * r
 
 
@@ -103,8 +94,7 @@ def _sample_backward(dg, hr, hi, dt, cosine, sine, dh, dlog_dt):
                 work[5 * W + l] = dg[d, 2 * j + 1] if j < J else 0
                 work[6 * W + l] = work[7 * W + l] = 0
             for i in range(n):
-                times = dt.dtype.type(i + 1)
-                a, b = times * hr[d, i], times * hi[d, i]
+                a, b = (i + 1) * hr[d, i], (i + 1) * hi[d, i]
                 lane = sums[i]
                 for l in range(W):
                     x = work[2 * W + l] * work[l] - work[3 * W + l] * work[W + l]
@@ -123,10 +113,6 @@ def _sample_backward(dg, hr, hi, dt, cosine, sine, dh, dlog_dt):
         for i in range(n):
             dh[d, 2 * i], dh[d, 2 * i + 1] = sums[i, :W].sum(), sums[i, W:].sum()
         dlog_dt[d] = total
-
-
-# The ladder runs in float64 whatever the precision outside:
-# near a = 1 the sections forget slowly, and it is D L n work beside the convolution's B L D.
 
 
 def ladder_forward(h, log_dt, L):
