@@ -1,10 +1,10 @@
 // CUDA twins of ref/hope.py: Horner on the nodes for the transfer function, the all-pass ladder
 // for the causal kernel.
 //
-// REAL is float or double, the precision outside; the sampling is launched in double always. Memory O(D L), nothing of size (D, L, n).
-// Threads share nothing and there are no atomics: every run gives the same bits, and the tests
-// compile this file as C++. Arrays are C-contiguous; d is a channel of D, j a node of J, i a
-// Markov parameter of n, t a time of L.
+// REAL is float or double, the precision outside; the sampling is always launched in double.
+// Memory O(D L), nothing of size (D, L, n). Threads share nothing and there are no atomics: every
+// run gives the same bits, and the tests compile this file as C++. Arrays are C-contiguous; d is a
+// channel of D, j a node of J, i a Markov parameter of n, t a time of L.
 
 typedef long long Index;
 
