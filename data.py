@@ -199,15 +199,6 @@ def _advice():
 SPLIT_PARTS = ("values", "offsets", "targets")
 
 
-def _checksum(tensors):
-    """Of {name: array}: names, number types, shapes and content."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(np.ascontiguousarray(tensor))
-    return digest.hexdigest()
-
-
 def _write_cache(path, splits, arguments):
     """Write splits {name: Split} and arguments {name: str} to one safetensors file.
 
@@ -215,7 +206,7 @@ def _write_cache(path, splits, arguments):
     """
     tensors = {f"{s}.{part}": getattr(splits[s], part) for s in splits for part in SPLIT_PARTS}
     with _advice():
-        files.write_tensors(path, tensors, arguments | {"sha256": _checksum(tensors)})
+        files.write_tensors(path, tensors, arguments | {"sha256": files.checksum(tensors)})
 
 
 def _read_cache(path, arguments):
@@ -229,7 +220,7 @@ def _read_cache(path, arguments):
     checksum = metadata.pop("sha256", None)
     if metadata != arguments:
         return _not_usable(path, "was made by another version or from other arguments")
-    if checksum != _checksum(tensors):
+    if checksum != files.checksum(tensors):
         return _not_usable(path, "is damaged (its checksum differs)")
     splits = {name.partition(".")[0] for name in tensors}
     return {s: Split(*(tensors[f"{s}.{part}"] for part in SPLIT_PARTS)) for s in splits}

@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic writing, and tensors with their metadata."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -53,6 +54,17 @@ def read_json(path):
         raise Error(f"Cannot read {path}: {e.strerror or e}.") from e
     except (ValueError, RecursionError) as e:
         raise Error(f"Cannot read {path}: it is not JSON.") from e
+
+
+def checksum(tensors, text=""):
+    """sha256 of a text and of {name: array}: names, number types, shapes and content"""
+    import numpy as np
+
+    digest = hashlib.sha256(text.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {t.shape}\n".encode())
+        digest.update(np.ascontiguousarray(t))
+    return digest.hexdigest()
 
 
 def write_tensors(path, tensors, metadata):

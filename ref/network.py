@@ -167,7 +167,7 @@ def groups(params, cfg):
         last = name.rpartition(".")[2]
         return "frozen" if last in ("norm_mean", "norm_var") else special.get(last, "main")
 
-    return {name: group(name) if not name.startswith("decoder") else "main" for name in params}
+    return {name: group(name) for name in params}
 
 
 def _check_input(x, cfg, lengths):

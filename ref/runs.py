@@ -14,7 +14,7 @@ import scipy
 from tqdm import tqdm
 
 from ref import Error, __version__, backend, network
-from ref.files import read_tensors, write_atomically, write_tensors
+from ref.files import checksum, read_tensors, write_atomically, write_tensors
 
 FORMAT = "ref-checkpoint-1"
 DIVERGED = "Training has diverged: try again with a smaller --lr, or with --clip."
@@ -72,7 +72,7 @@ def save_checkpoint(path, params, moments, state):
     if not all(np.isfinite(t).all() for t in tensors.values()):
         raise Error(f"a parameter is not finite after step {state['step']}. {DIVERGED}")
     text = json.dumps(state)
-    metadata = {"format": FORMAT, "state": text, "sha256": _checksum(tensors, text)}
+    metadata = {"format": FORMAT, "state": text, "sha256": checksum(tensors, text)}
     write_tensors(path, tensors, metadata)
 
 
@@ -86,7 +86,7 @@ def load_checkpoint(path, params, moments):
             f"{path} is not a checkpoint of this program: its format is "
             f"{metadata.get('format')!r}, not {FORMAT!r}."
         )
-    if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
+    if metadata.get("sha256") != checksum(tensors, metadata.get("state", "")):
         raise Error(f"{path} is damaged: its checksum differs.")
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = tensors.get(name), expected.get(name)
@@ -99,14 +99,6 @@ def load_checkpoint(path, params, moments):
     params = {n: tensors[f"param.{n}"] for n in params}
     moments = {n: tensors[f"adamw.{n}"] for n in moments}
     return params, moments, json.loads(metadata["state"])
-
-
-def _checksum(tensors, state):
-    digest = hashlib.sha256(state.encode())
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {t.shape}\n".encode())
-        digest.update(np.ascontiguousarray(t))
-    return digest.hexdigest()
 
 
 class Log:
