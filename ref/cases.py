@@ -102,7 +102,7 @@ class Part:
         else:
             params = getattr(self._module(), f"{self.part}_init")(self.cfg, rng, "float64")
         params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
-        return self._to_published(params)
+        return self._to_published(params) | self._buffers()
 
     def run(self, tensors, inputs, douts=None):
         """-> {"out.*"}, with douts also {"grad.*"}.   Without dropout, with running moments"""
@@ -128,6 +128,15 @@ class Part:
             grads = self._to_published(grads)
             results |= {f"grad.param.{name}": g for name, g in grads.items()}
         return results
+
+    def _buffers(self):
+        """Published tensors that are neither parameters nor moments: integers of the settings"""
+        module = self._module()
+        if not hasattr(module, "published_buffers"):
+            return {}
+        if self.part != "network":
+            return module.published_buffers(self.cfg, self.part)
+        return network.published_buffers(self.cfg)
 
     def _module(self):
         return network.model_module(self.model)
@@ -155,23 +164,30 @@ def part_config(case, module):
     """The Config that a case's settings and tensors give"""
     layer_fields = {f.name for f in dataclasses.fields(module.Config)}
     network_fields = {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
-    known = layer_fields | (network_fields if case.part == "network" else set()) | {"note"}
+    outside = getattr(module, "NETWORK_SETTINGS", ())  # of a network, in the published code's words
+    known = layer_fields | {"note"}
+    if case.part == "network":
+        known |= network_fields | set(outside)
     if unknown := case.settings.keys() - known:
         raise Error(
             f"the setting {sorted(unknown)[0]!r} is not one of {case.model}'s {case.part}; "
             f"it has: {', '.join(sorted(known - {'note'}))}."
         )
-    settings = {n: v for n, v in case.settings.items() if n in layer_fields}
+    settings = {n: v for n, v in case.settings.items() if n in layer_fields | set(outside)}
     params = case.of("param.")
     try:
         layer = module.config_of(settings, params, case.part)
         if case.part != "network":
             return layer
-        weight = params["encoder.weight"]
+        if case.settings.keys() & set(outside):
+            own = module.network_settings(case.settings, params)
+            return network.Config(case.model, layer, **own)
+        names = {ours: theirs for theirs, ours in network.outside_names(case.model).items()}
+        weight = params[names["encoder.weight"]]
         tokens = case.tensors["in.x"].dtype.kind in "iu"
         own = {n: v for n, v in case.settings.items() if n in network_fields}
         own |= {"tokens": tokens, "d_input": weight.shape[0 if tokens else 1]}
-        own.setdefault("d_output", len(params.get("decoder.weight", weight)))
+        own.setdefault("d_output", len(params.get(names["decoder.weight"], weight)))
         return network.Config(case.model, layer, **own)
     except (KeyError, TypeError, IndexError) as e:
         raise Error(

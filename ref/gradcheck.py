@@ -104,6 +104,7 @@ def nn_pairs(rng):
         "fft_conv two-sided": ({"x": x, "k": normal(D, 2 * L - 1)}, {"mode": "two-sided"}),
         "skip": ({"y": normal(B, L, D), "D": normal(D), "x": x}, {}),
         "mean_pool": ({"x": x}, {"lengths": lengths}),
+        "mean_pool from a position on": ({"x": x}, {"lengths": lengths, "first": 2}),
         "last": ({"x": x}, {"lengths": lengths}),
         "softmax_cross_entropy": ({"logits": normal(B, L, V)}, {"targets": targets}),
     }
@@ -169,7 +170,11 @@ def _part_pair(module, part, cfg, params):
 def _network_pairs(model, module, rng):
     settings, L = CONFIGURATIONS[model][0]
     causal = next((s for s, _ in CONFIGURATIONS[model] if module.Config(**s).causal), None)
-    kinds = [("mean", settings, {}), ("last", settings, {"tokens": False})]
+    kinds = [
+        ("mean", settings, {"pool_from": 2}),
+        ("last", settings, {"tokens": False}),
+        ("match", settings, {"positions": L + 2}),
+    ]
     if causal:
         kinds += [("lm", causal, {"d_output": 6, "tied": True}), ("lm", causal, {})]
     for decoder, layer, extra in kinds:

@@ -1,10 +1,13 @@
 """Encoder, stack of blocks, decoder: the part that is the same for every model.
 
 encoder   tokens (B, L): embedding; real input (B, L, C): linear   encoder.weight, encoder.bias
+          learned absolute positions, when positions > 0           encoder.position
 blocks    n_layers of the model's block, stacked on a first axis   blocks.<name>
 norm      after the last block, when final_norm                    final.norm_*
 decoder   mean: mean over a sequence's own length, then linear     decoder.weight, decoder.bias
           last: its last position, then linear
+          match: of two documents, the rows i and B + i of 2B:     match.weight, match.bias
+          linear ReLU linear of [p1, p2, p1 p2, p1 - p2], their means
           lm: every position, by the embedding (tied) or linear
 """
 
@@ -16,7 +19,7 @@ from ref import Error, backend, block, nn
 from ref.backend import array_module, check_choice
 
 MODELS = ("hope",)
-DECODERS = ("mean", "last", "lm")
+DECODERS = ("mean", "last", "match", "lm")
 
 
 def model_module(name):
@@ -38,6 +41,8 @@ class Config:
     decoder: str = "mean"
     tied: bool = False  # lm: the decoder is the embedding
     final_norm: bool = False
+    positions: int = 0  # learned absolute positions, the longest input; 0: none
+    pool_from: int = 0  # mean and match: the first position that is pooled
 
     def __post_init__(self):
         check_choice("decoder", self.decoder, DECODERS)
@@ -46,10 +51,14 @@ class Config:
                 f"n_layers={self.n_layers}, d_input={self.d_input}, d_output={self.d_output}: "
                 "expected at least 1 of each."
             )
+        if self.positions < 0 or self.pool_from < 0:
+            raise Error(
+                f"positions={self.positions}, pool_from={self.pool_from}: expected 0 or more."
+            )
         if self.decoder == "lm" and not self.layer.causal:
             raise Error(
                 f"language modelling needs a causal map, and this {self.model} is not "
-                "(for hope: --conv causal)."
+                "(hope: conv='causal'; the others: bidirectional=False)."
             )
         if self.tied and not (
             self.tokens and self.decoder == "lm" and self.d_input == self.d_output
@@ -58,7 +67,8 @@ class Config:
 
 
 def init(cfg, rng, dtype="float32"):
-    """Parameters on the host: embedding normal, linear layers uniform in ±1/sqrt(inputs)"""
+    """Parameters on the host: embedding normal, linear layers uniform in ±1/sqrt(inputs); beside
+    learned positions, both normal with deviation 0.02 as in GPT-2"""
     D, model = cfg.layer.d_model, model_module(cfg.model)
 
     def linear(name, inputs, outputs):
@@ -66,15 +76,21 @@ def init(cfg, rng, dtype="float32"):
         weight, bias = rng.uniform(-r, r, (outputs, inputs)), rng.uniform(-r, r, outputs)
         return {f"{name}.weight": weight.astype(dtype), f"{name}.bias": bias.astype(dtype)}
 
+    deviation = 0.02 if cfg.positions else 1.0
     if cfg.tokens:
-        params = {"encoder.weight": rng.standard_normal((cfg.d_input, D)).astype(dtype)}
+        params = {"encoder.weight": rng.standard_normal((cfg.d_input, D)) * deviation}
     else:
         params = linear("encoder", cfg.d_input, D)
+    if cfg.positions:
+        params["encoder.position"] = rng.standard_normal((cfg.positions, D)) * deviation
+    params = {name: p.astype(dtype) for name, p in params.items()}
     xp = array_module(params["encoder.weight"])
     layers = [model.block_init(cfg.layer, rng, dtype) for _ in range(cfg.n_layers)]
     params |= {f"blocks.{name}": xp.stack([layer[name] for layer in layers]) for name in layers[0]}
     if cfg.final_norm:
         params |= _within("final.", block.norm_init(cfg.layer.norm, D, xp, dtype))
+    if cfg.decoder == "match":
+        params |= linear("match", 4 * D, D)
     return params if cfg.tied else params | linear("decoder", D, cfg.d_output)
 
 
@@ -92,41 +108,52 @@ def layer_params(params, i):
 
 
 def forward(params, x, cfg, lengths=None, rng=None):
-    """x (B, L) tokens or (B, L, C), lengths (B,) -> y (B, d_output); for lm (B, L, d_output).
-    rng given: training
+    """x (B, L) tokens or (B, L, C), lengths (B,) -> y (B, d_output); for match (B/2, d_output), for
+    lm (B, L, d_output).   rng given: training
 
-    Error: a token outside the vocabulary, a length outside 1..L, a wrong shape.
+    Error: a token outside the vocabulary, a length outside pool_from+1..L, a wrong shape.
     """
     _check_input(x, cfg, lengths)
     model, xp = model_module(cfg.model), array_module(params["encoder.weight"])
+    masked = {"lengths": lengths} if getattr(model, "MASKED", False) else {}
     if cfg.tokens:
         z, encoder = nn.embedding_forward(x, params["encoder.weight"])
     else:
         z, encoder = nn.linear_forward(x, params["encoder.weight"], params["encoder.bias"])
+    if cfg.positions:
+        z = z + params["encoder.position"][: x.shape[1]]
     blocks = []
     for i in range(cfg.n_layers):
-        z, cache = model.block_forward(layer_params(params, i), z, cfg.layer, rng)
+        z, cache = model.block_forward(layer_params(params, i), z, cfg.layer, rng, **masked)
         blocks.append(cache)
-    final = pool = None
+    final = pool = match = None
     if cfg.final_norm:
         z, final = block.norm_forward(_under("final.", params), z, cfg.layer.norm, rng is not None)
     if cfg.decoder != "lm":
         lengths = xp.full(len(x), x.shape[1]) if lengths is None else lengths
-        z, pool = (nn.mean_pool_forward if cfg.decoder == "mean" else nn.last_forward)(z, lengths)
+        if cfg.decoder == "last":
+            z, pool = nn.last_forward(z, lengths)
+        else:
+            z, pool = nn.mean_pool_forward(z, lengths, cfg.pool_from)
+    if cfg.decoder == "match":
+        z, match = _match_forward(params, z)
     W = params["encoder.weight" if cfg.tied else "decoder.weight"]
     y, decoder = nn.linear_forward(z, W, params.get("decoder.bias"))
-    return y, (cfg, encoder, blocks, final, pool, decoder)
+    return y, (cfg, encoder, blocks, final, pool, match, decoder)
 
 
 def backward(dy, cache):
     """dy like y -> dx (None for tokens), grads with the names and shapes of the trained params"""
-    cfg, encoder, blocks, final, pool, decoder = cache
+    cfg, encoder, blocks, final, pool, match, decoder = cache
     model, xp, grads = model_module(cfg.model), array_module(dy), {}
     dz, dW, db = nn.linear_backward(dy, decoder)
     if not cfg.tied:
         grads |= {"decoder.weight": dW, "decoder.bias": db}
+    if cfg.decoder == "match":
+        dz, match_grads = _match_backward(dz, match)
+        grads |= match_grads
     if cfg.decoder != "lm":
-        dz = (nn.mean_pool_backward if cfg.decoder == "mean" else nn.last_backward)(dz, pool)
+        dz = (nn.last_backward if cfg.decoder == "last" else nn.mean_pool_backward)(dz, pool)
     if cfg.final_norm:
         dz, final_grads = block.norm_backward(dz, final)
         grads |= _within("final.", final_grads)
@@ -136,6 +163,10 @@ def backward(dy, cache):
             if i == cfg.n_layers - 1:
                 grads[f"blocks.{name}"] = xp.empty((cfg.n_layers, *g.shape), dtype=g.dtype)
             grads[f"blocks.{name}"][i] = g
+    if cfg.positions:
+        own, L = dz.sum(axis=0), dz.shape[1]
+        grads["encoder.position"] = xp.zeros((cfg.positions, own.shape[1]), dtype=own.dtype)
+        grads["encoder.position"][:L] = own
     if cfg.tokens:
         dx, grads["encoder.weight"] = None, nn.embedding_backward(dz, encoder)
     else:
@@ -145,9 +176,30 @@ def backward(dy, cache):
     return dx, grads
 
 
+def _match_forward(params, p):
+    """Pooled features p (2B, D), first documents first -> (B, D)"""
+    xp, B = array_module(p), len(p) // 2
+    p1, p2 = p[:B], p[B:]
+    features = xp.concatenate([p1, p2, p1 * p2, p1 - p2], axis=1)
+    a, linear = nn.linear_forward(features, params["match.weight"], params["match.bias"])
+    z, relu = nn.relu_forward(a)
+    return z, (p1, p2, linear, relu)
+
+
+def _match_backward(dz, cache):
+    """dz (B, D) -> dp (2B, D), grads"""
+    p1, p2, linear, relu = cache
+    xp = array_module(dz)
+    da = nn.relu_backward(dz, relu)
+    dfeatures, dW, db = nn.linear_backward(da, linear)
+    d1, d2, dproduct, ddifference = xp.split(dfeatures, 4, axis=1)
+    dp1, dp2 = d1 + dproduct * p2 + ddifference, d2 + dproduct * p1 - ddifference
+    return xp.concatenate([dp1, dp2]), {"match.weight": dW, "match.bias": db}
+
+
 def running_statistics(params, cache):
     """The running moments after a training batch, by name: what `params` is to be updated with"""
-    cfg, _, blocks, final, _, _ = cache
+    cfg, _, blocks, final, *_ = cache
     model, xp, new = model_module(cfg.model), array_module(params["encoder.weight"]), {}
     layers = [
         model.running_statistics(layer_params(params, i), blocks[i]) for i in range(cfg.n_layers)
@@ -186,13 +238,21 @@ def _check_input(x, cfg, lengths):
             raise Error(
                 f"token {low if low < 0 else high} is outside the vocabulary of {cfg.d_input}."
             )
-    if lengths is not None and (
-        backend.item(lengths.min()) < 1 or backend.item(lengths.max()) > x.shape[1]
-    ):
-        raise Error(f"lengths must lie between 1 and {x.shape[1]}, the padded length.")
+    B, L = x.shape[:2]
+    if cfg.positions and cfg.positions < L:
+        raise Error(f"the input is {L} long, but the network has {cfg.positions} positions.")
+    if cfg.decoder == "match" and B % 2:
+        raise Error(f"a batch of {B}: decoder='match' compares two documents, rows i and B + i.")
+    if lengths is None:
+        shortest, longest = L, L
+    else:
+        shortest, longest = backend.item(lengths.min()), backend.item(lengths.max())
+    if shortest <= cfg.pool_from or longest > L:
+        raise Error(f"lengths must lie between {cfg.pool_from + 1} and {L}, the padded length.")
 
 
-# Names of the published code: a model says where a layer's names stand within its network
+# Names of the published code: a model says where a layer's names stand within its network, and, in
+# PUBLISHED_NETWORK, what it calls the parameters outside of the layers
 
 
 def from_published(tensors, cfg):
@@ -204,9 +264,7 @@ def from_published(tensors, cfg):
             own |= _within(ours, _under(theirs.format(i=i), tensors))
         layers.append(model.from_published(own, cfg.layer, "block"))
     params = {
-        name: t
-        for name, t in tensors.items()
-        if name.startswith(("encoder.", "decoder.", "final."))
+        ours: t for name, t in tensors.items() if (ours := outside_names(cfg.model).get(name))
     }
     xp = array_module(next(iter(tensors.values())))
     return params | {
@@ -217,9 +275,30 @@ def from_published(tensors, cfg):
 def to_published(params, cfg):
     """params (or their gradients) -> the published names and shapes"""
     model = model_module(cfg.model)
-    tensors = {name: p for name, p in params.items() if not name.startswith("blocks.")}
+    names = {ours: theirs for theirs, ours in outside_names(cfg.model).items()}
+    tensors = {names[name]: p for name, p in params.items() if name in names}
     for i in range(cfg.n_layers):
         own = model.to_published(layer_params(params, i), cfg.layer, "block")
+        for ours, theirs in model.PUBLISHED_LAYER.items():
+            tensors |= _within(theirs.format(i=i), _under(ours, own))
+    return tensors
+
+
+def outside_names(model):
+    """Published name -> ours, of the parameters outside of the layers"""
+    ours = [
+        f"{part}.{kind}" for part in ("encoder", "match", "decoder") for kind in ("weight", "bias")
+    ]
+    ours += ["encoder.position", *(f"final.{name}" for name in block.PUBLISHED_NORM)]
+    theirs = getattr(model_module(model), "PUBLISHED_NETWORK", {})
+    return {theirs.get(name, name): name for name in ours}
+
+
+def published_buffers(cfg):
+    """The layers' published tensors that are no parameters, such as the length S4's C~ is for"""
+    model, tensors = model_module(cfg.model), {}
+    own = model.published_buffers(cfg.layer, "block")
+    for i in range(cfg.n_layers):
         for ours, theirs in model.PUBLISHED_LAYER.items():
             tensors |= _within(theirs.format(i=i), _under(ours, own))
     return tensors

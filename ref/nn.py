@@ -395,10 +395,11 @@ def skip_backward(dy, cache):
 # Pooling and loss
 
 
-def mean_pool_forward(x, lengths):
-    """x (B, L, D), lengths (B,) -> (B, D), the mean over each sequence's own positions"""
-    xp = array_module(x)
-    mask = (xp.arange(x.shape[1])[None, :] < lengths[:, None]) / lengths[:, None]
+def mean_pool_forward(x, lengths, first=0):
+    """x (B, L, D), lengths (B,) -> (B, D), the mean over each sequence's positions from first on"""
+    xp, lengths = array_module(x), lengths[:, None]
+    t = xp.arange(x.shape[1])[None, :]
+    mask = ((t >= first) & (t < lengths)) / (lengths - first)
     mask = mask.astype(x.dtype)
     return (mask[:, None, :] @ x)[:, 0], (mask,)
 
