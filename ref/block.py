@@ -77,6 +77,33 @@ def gelu_glu_backward(dy, cache):
     return nn.gelu_backward(da, gelu), {"W": dW, "b": db}
 
 
+def gelu_mixer_forward(params, x, cfg, operator_forward, rng):
+    """operator -> GELU -> dropout -> linear D to 2D -> GLU.   x (B, L, D) -> y (B, L, D)"""
+    y, operator = operator_forward(params, x, cfg)
+    y, tail = gelu_glu_forward(params, y, cfg.dropout, rng)
+    return y, (operator, tail)
+
+
+def gelu_mixer_backward(dy, cache, operator_backward):
+    """dy (B, L, D) -> dx, grads"""
+    operator, tail = cache
+    dy, tail_grads = gelu_glu_backward(dy, tail)
+    dx, grads = operator_backward(dy, operator)
+    return dx, grads | tail_grads
+
+
+def gelu_mixer_step(params, x_t, state, cfg, operator_step):
+    """One time step of the block around such a mixer.   x_t (B, D) -> y_t (B, D), state"""
+
+    def mixer_step(params, x, cfg, rng):
+        nonlocal state
+        y, state = operator_step(params, x[:, 0], state, cfg)
+        return gelu_glu_forward(params, y[:, None], 0, None)
+
+    y, _ = residual_forward(params, x_t[:, None], cfg, mixer_step, None)
+    return y[:, 0], state
+
+
 def residual_forward(params, x, cfg, mixer_forward, rng):
     """x (B, L, D) -> x + dropout(mixer(norm(x))); without prenorm norm(x + dropout(mixer(x)))"""
     training, norm = rng is not None, None
@@ -108,7 +135,7 @@ def residual_running(params, cache):
     return norm_running(params, cache[1])
 
 
-# Published names that the family shares
+# Published names that the S4 family shares
 
 PUBLISHED_TAIL = {"W": "output_linear.0.weight", "b": "output_linear.0.bias"}
 PUBLISHED_NORM = {

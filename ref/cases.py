@@ -92,11 +92,12 @@ class Part:
 
     def template(self):
         """The published tensors that the part has, {name: array}, from a fixed seed"""
-        rng = np.random.default_rng(0)
-        return self.init(rng)
+        return self.init(np.random.default_rng(0))
 
     def init(self, rng):
         """Published tensors of a random part, float64; noise keeps parameters off special values"""
+        if self.part == "init":
+            return {}
         if self.part == "network":
             params = network.init(self.cfg, rng, "float64")
         else:
@@ -106,14 +107,17 @@ class Part:
 
     def run(self, tensors, inputs, douts=None):
         """-> {"out.*"}, with douts also {"grad.*"}.   Without dropout, with running moments"""
-        module, x = self._module(), inputs["x"]
+        module = self._module()
+        if self.part == "init":
+            return {f"out.{name}": t for name, t in module.init_outputs(self.cfg).items()}
+        x = inputs["x"]
         if self.part == "network":
             params = network.from_published(tensors, self.cfg)
             y, cache = network.forward(params, x, self.cfg, inputs.get("lengths"))
         else:
             params = module.from_published(tensors, self.cfg, self.part)
             y, cache = getattr(module, f"{self.part}_forward")(params, x, self.cfg)
-        results = {"out.y": y}
+        results = {"out.y": y} | self._steps(params, x)
         if hasattr(module, "case_outputs"):
             extra = module.case_outputs(self.part, params, x, self.cfg)
             results |= {f"out.{name}": value for name, value in extra.items()}
@@ -128,6 +132,22 @@ class Part:
             grads = self._to_published(grads)
             results |= {f"grad.param.{name}": g for name, g in grads.items()}
         return results
+
+    def _steps(self, params, x):
+        """out.y_steps: y by decoding, one time step after the other; nothing where there is none"""
+        module = self._module()
+        one_step = {"operator": "operator_step", "block": "step"}.get(self.part)
+        if one_step is None:
+            return {}
+        try:
+            state = module.state(params, self.cfg, len(x))
+        except Error:
+            return {}
+        steps = []
+        for t in range(x.shape[1]):
+            y_t, state = getattr(module, one_step)(params, x[:, t], state, self.cfg)
+            steps.append(y_t)
+        return {"out.y_steps": np.stack(steps, axis=1)}
 
     def _buffers(self):
         """Published tensors that are neither parameters nor moments: integers of the settings"""
@@ -164,22 +184,22 @@ def part_config(case, module):
     """The Config that a case's settings and tensors give"""
     layer_fields = {f.name for f in dataclasses.fields(module.Config)}
     network_fields = {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
-    outside = getattr(module, "NETWORK_SETTINGS", ())  # of a network, in the published code's words
-    known = layer_fields | {"note"}
+    published = set(getattr(module, "PUBLISHED_SETTINGS", ()))  # that are no fields of ours
+    known = layer_fields | published | {"note"}
     if case.part == "network":
-        known |= network_fields | set(outside)
+        known |= network_fields
     if unknown := case.settings.keys() - known:
         raise Error(
             f"the setting {sorted(unknown)[0]!r} is not one of {case.model}'s {case.part}; "
             f"it has: {', '.join(sorted(known - {'note'}))}."
         )
-    settings = {n: v for n, v in case.settings.items() if n in layer_fields | set(outside)}
+    settings = {n: v for n, v in case.settings.items() if n in layer_fields | published}
     params = case.of("param.")
     try:
         layer = module.config_of(settings, params, case.part)
         if case.part != "network":
             return layer
-        if case.settings.keys() & set(outside):
+        if case.settings.keys() & published and hasattr(module, "network_settings"):
             own = module.network_settings(case.settings, params)
             return network.Config(case.model, layer, **own)
         names = {ours: theirs for theirs, ours in network.outside_names(case.model).items()}
@@ -229,7 +249,9 @@ def _check_sources(case, part, sources):
             shapes = f"{given[name].shape}; expected {expected.shape}"
             raise Error(f"param.{name} has the shape {shapes}.")
     allowed = {"in.x"} | ({"in.lengths"} if case.part == "network" else set())
-    if "in.x" not in sources:
+    if case.part == "init":
+        allowed = set()
+    elif "in.x" not in sources:
         raise Error("in.x is missing.")
     if unknown := {n for n in sources if n.startswith("in.")} - allowed:
         raise Error(f"{sorted(unknown)[0]} is not an input of {case.model}'s {case.part}.")
@@ -373,6 +395,8 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
     module, rng = network.model_module(model), np.random.default_rng(seed)
     if B < 1 or L < 1:
         raise Error(f"B={B}, L={L}: both at least 1.")
+    if "l_max" in {f.name for f in dataclasses.fields(module.Config)}:
+        settings = {"l_max": L} | settings  # the length that S4's C~ is made for
     head = Case(model, part, precision, settings, {})
     _check_part(module, model, part)
     cfg = _free_config(head, module)
@@ -380,6 +404,11 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
         own = {n: getattr(cfg, n) for n in ("n_layers", "decoder", "tied", "final_norm")}
         head = dataclasses.replace(head, settings=settings | own)
     p = Part(model, part, cfg)
+    if part == "init":
+        results = _run(p, {})
+        return dataclasses.replace(
+            head, tensors={n: _rounded(t, precision) for n, t in results.items()}
+        )
     x = rng.standard_normal((B, L, cfg.d_model if part != "network" else cfg.d_input))
     if part == "network" and cfg.tokens:
         x = rng.integers(0, cfg.d_input, (B, L))

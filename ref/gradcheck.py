@@ -53,6 +53,7 @@ def check_pair(forward, backward, arrays, seed=0):
 # Configurations of the models that are checked: settings and length
 
 _HOPE = {"d_model": 3, "d_state": 5, "convention": "lra", "dt_min": 0.1, "dt_max": 1.0}
+_SSM = {"d_model": 3, "d_state": 4, "dt_min": 0.1, "dt_max": 1.0}
 _PUBLISHED = {"bidirectional": True, "layout": "published"}
 CONFIGURATIONS = {
     "hope": [
@@ -63,6 +64,21 @@ CONFIGURATIONS = {
         (_HOPE | {"d_state": 10, "convention": "minimal"} | _PUBLISHED, 8),
         (_HOPE | {"markov": "real"} | _PUBLISHED, 6),
         (_HOPE | {"conv": "identity"}, 7),
+    ],
+    "s4": [
+        (_SSM | {"bidirectional": True, "norm": "batch", "dropout": 0.3}, 7),
+        (_SSM | {"bidirectional": True, "l_max": 11}, 8),
+        (_SSM | {"l_max": 9, "norm": "rms", "prenorm": True}, 9),
+        (_SSM | {"l_max": 8}, 8),
+        (_SSM, 1),
+        (_SSM, 2),
+    ],
+    "s4d": [
+        (_SSM | {"bidirectional": True, "norm": "batch", "dropout": 0.3}, 7),
+        (_SSM | {"discretization": "bilinear", "prenorm": True}, 8),
+        (_SSM | {"discretization": "bilinear", "bidirectional": True}, 2),
+        (_SSM | {"init": "random", "norm": "rms", "prenorm": True}, 130),
+        (_SSM, 1),
     ],
 }
 

@@ -44,7 +44,7 @@ Differences from the published code (HOPE-SSM):
 import math
 from dataclasses import dataclass
 
-from ref import Error, backend, block, nn
+from ref import Error, backend, block, nn, ssm
 from ref.backend import array_module, check_activations, check_choice, twins
 
 
@@ -181,15 +181,11 @@ def _real_markov(params):
 
 def _like(H, dh):
     """The gradient of H whose real part alone had an effect"""
-    return dh if H.ndim == 2 else _as_pairs(dh, 0 * dh)
-
-
-def _as_pairs(re, im):
-    return array_module(re).stack([re, im], axis=-1)
+    return dh if H.ndim == 2 else ssm.as_pairs(dh + 0j)
 
 
 def _as_complex(H):
-    return H + 0j if H.ndim == 2 else H[..., 0] + 1j * H[..., 1]
+    return H + 0j if H.ndim == 2 else ssm.as_complex(H)
 
 
 def _published_response_forward(params, L, cfg):
@@ -211,7 +207,7 @@ def _published_response_backward(dG, cache):
     dS[0], dS[half] = dG[0].real, dG[half].real
     dg = xp.concatenate([dS[:half].T, dS[half:][::-1].T])
     dh, dlog_dt = sample_backward(xp.ascontiguousarray(dg), sample)
-    return {"H": dh.real if H.ndim == 2 else _as_pairs(dh.real, dh.imag), "log_dt": dlog_dt}
+    return {"H": dh.real if H.ndim == 2 else ssm.as_pairs(dh), "log_dt": dlog_dt}
 
 
 # The ladder: the same system as a causal convolution and as a recurrence
@@ -309,17 +305,12 @@ def mixer_init(cfg, rng, dtype="float32"):
 
 def mixer_forward(params, x, cfg, rng=None):
     """operator -> GELU -> dropout -> linear D to 2D -> GLU.   x (B, L, D) -> y (B, L, D)"""
-    y, operator = operator_forward(params, x, cfg)
-    y, tail = block.gelu_glu_forward(params, y, cfg.dropout, rng)
-    return y, (operator, tail)
+    return block.gelu_mixer_forward(params, x, cfg, operator_forward, rng)
 
 
 def mixer_backward(dy, cache):
     """dy (B, L, D) -> dx, grads"""
-    operator, tail = cache
-    dy, tail_grads = block.gelu_glu_backward(dy, tail)
-    dx, grads = operator_backward(dy, operator)
-    return dx, grads | tail_grads
+    return block.gelu_mixer_backward(dy, cache, operator_backward)
 
 
 def block_init(cfg, rng, dtype="float32"):
@@ -366,14 +357,7 @@ def operator_step(params, x_t, state, cfg):
 
 def step(params, x_t, state, cfg):
     """One time step of the block.   x_t (B, D) -> y_t (B, D), state"""
-
-    def mixer_step(params, x, cfg, rng):
-        nonlocal state
-        y, state = operator_step(params, x[:, 0], state, cfg)
-        return block.gelu_glu_forward(params, y[:, None], 0, None)
-
-    y, _ = block.residual_forward(params, x_t[:, None], cfg, mixer_step, None)
-    return y[:, 0], state
+    return block.gelu_mixer_step(params, x_t, state, cfg, operator_step)
 
 
 # Looking at it
@@ -440,7 +424,7 @@ def from_published(tensors, cfg, part):
 def to_published(params, cfg, part):
     """params (or their gradients) -> the published names and shapes"""
     if cfg.markov == "real" and "H" in params:
-        params = params | {"H": _as_pairs(params["H"], 0 * params["H"])}
+        params = params | {"H": ssm.as_pairs(params["H"] + 0j)}
     return block.to_published(params, PUBLISHED[part])
 
 
@@ -457,17 +441,8 @@ def config_of(settings, tensors, part):
 
 
 def case_outputs(part, params, x, cfg):
-    """Outputs of a case besides y: kernel_f (D, L, 2), (1) at all nodes; y_steps, by decoding"""
-    extra = {}
-    if part != "network" and cfg.conv == "circular" and not cfg.bidirectional:
-        h, L = _as_complex(params["H"]), x.shape[1]
-        g, _ = sample_forward(h, params["log_dt"], L, L)
-        extra["kernel_f"] = _as_pairs(g.real, g.imag)
-    if part in ("operator", "block") and cfg.conv == "causal":
-        one_step = operator_step if part == "operator" else step
-        s, steps = state(params, cfg, len(x)), []
-        for t in range(x.shape[1]):
-            y_t, s = one_step(params, x[:, t], s, cfg)
-            steps.append(y_t)
-        extra["y_steps"] = array_module(x).stack(steps, axis=1)
-    return extra
+    """Outputs of a case besides y: kernel_f (D, L, 2), (1) at all nodes"""
+    if part == "network" or cfg.conv != "circular" or cfg.bidirectional:
+        return {}
+    h, L = _as_complex(params["H"]), x.shape[1]
+    return {"kernel_f": ssm.as_pairs(sample_forward(h, params["log_dt"], L, L)[0])}

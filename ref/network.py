@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ref import Error, backend, block, nn
 from ref.backend import array_module, check_choice
 
-MODELS = ("hope",)
+MODELS = ("hope", "s4", "s4d", "transformer")
 DECODERS = ("mean", "last", "match", "lm")
 
 
