@@ -70,7 +70,6 @@ CONFIGURATIONS = {
         (_SSM | {"bidirectional": True, "l_max": 11}, 8),
         (_SSM | {"l_max": 9, "norm": "rms", "prenorm": True}, 9),
         (_SSM | {"l_max": 8}, 8),
-        (_SSM, 1),
         (_SSM, 2),
     ],
     "s4d": [

@@ -173,8 +173,10 @@ def woodbury_backward(dk_hat, cache):
 
 
 def modes(params):
-    """C (d, D, n), B, P, Λ (D, n) complex, dt (D, 1): the parameters of (1)"""
+    """C (d, D, n), B, P, Λ (D, n) complex, dt (D, 1): the parameters of (1), in float64 whatever
+    the precision: at a resonance of (8) the difference of two large numbers remains"""
     xp = array_module(params["log_dt"])
+    params = {name: p.astype("float64") for name, p in params.items()}
     poles = -xp.exp(params["A_real"]) - 1j * params["A_imag"]
     C, B, P = (ssm.as_complex(params[name]) for name in "CBP")
     return C, B, P, poles, xp.exp(params["log_dt"])[:, None]
@@ -193,13 +195,13 @@ def kernel_forward(params, L, cfg):
     R, cauchy = cauchy_forward(dt * v, dt * poles, nodes)
     k_hat, woodbury = woodbury_forward(R, nodes)
     k = backend.irfft(k_hat, nodes, axis=2)[:, :, :L]
-    return k, (nodes, dt, poles, v, products, cauchy, woodbury)
+    return k.astype(params["C"].dtype), (nodes, dt, poles, v, products, cauchy, woodbury)
 
 
 def kernel_backward(dk, cache):
     """dk (d, D, L) -> grads of C, B, P, A_real, A_imag, log_dt"""
     nodes, dt, poles, v, products, cauchy, woodbury = cache
-    dk_hat = backend.rfft(dk, nodes, axis=2) * dk.dtype.type(2 / nodes)
+    dk_hat = backend.rfft(dk.astype("float64"), nodes, axis=2) * (2 / nodes)
     dk_hat[:, :, 0] *= 0.5  # a node between 0 and π stands for itself and its mirror
     if nodes % 2 == 0:
         dk_hat[:, :, -1] *= 0.5
@@ -207,7 +209,7 @@ def kernel_backward(dk, cache):
     dC, dB, dP = products_backward(dt * dv, products)
     dpoles = dt * da
     ddt = (v.conj() * dv).real.sum(axis=(0, 2)) + (poles.conj() * da).real.sum(axis=1)
-    return {
+    grads = {
         "C": ssm.as_pairs(dC),
         "B": ssm.as_pairs(dB),
         "P": ssm.as_pairs(dP),
@@ -215,6 +217,7 @@ def kernel_backward(dk, cache):
         "A_imag": -dpoles.imag,
         "log_dt": ddt * dt[:, 0],
     }
+    return {name: g.astype(dk.dtype) for name, g in grads.items()}
 
 
 # Operator, mixer, block
@@ -278,7 +281,6 @@ def running_statistics(params, cache):
 
 def dense(params):
     """(3) with all conjugate pairs.   -> dA (D, N, N), dB (D, N), Λ - P P^* (D, N, N)"""
-    params = {name: p.astype("float64") for name, p in params.items()}
     _, B, P, poles, dt = modes(params)
     xp = array_module(P)
     B, P, poles = (ssm.with_conjugates(x) for x in (B, P, poles))
@@ -343,8 +345,14 @@ def state(params, cfg, batch):
 
 def operator_step(params, x_t, state, cfg):
     """(3) in O(N): I - Δ/2 A = M + Δ/2 P P^* with M diagonal.   x_t (B, D) -> y_t (B, D), state"""
-    _, B, P, poles, dt = modes(params)
-    x, half = state["x"], 0.5 * dt
+    x, (_, B, P, poles, dt) = state["x"], modes(params)
+    B, P, poles, dt = (
+        B.astype(x.dtype),
+        P.astype(x.dtype),
+        poles.astype(x.dtype),
+        dt.astype(x_t.dtype),
+    )
+    half = 0.5 * dt
     M = 1 - half * poles
 
     def inner(x):

@@ -167,8 +167,10 @@ def _expm1(z):
 
 
 def modes(params):
-    """C (d, D, n) and A (D, n) complex, dt (D, 1): the parameters of (1)"""
+    """C (d, D, n) and A (D, n) complex, dt (D, 1): the parameters of (1), in float64 whatever the
+    precision: a rounding of z counts l times in the kernel"""
     xp = array_module(params["log_dt"])
+    params = {name: params[name].astype("float64") for name in _KERNEL}
     A = -xp.exp(params["log_A_real"]) + 1j * params["A_imag"]
     return ssm.as_complex(params["C"]), A, xp.exp(params["log_dt"])[:, None]
 
@@ -178,20 +180,21 @@ def kernel_forward(params, L, cfg):
     C, A, dt = modes(params)
     z, c, discrete = discretize_forward(C, A, dt, cfg)
     k, vandermonde = vandermonde_forward(c, z, L)
-    return k, (A, dt, discrete, vandermonde)
+    return k.astype(params["C"].dtype), (A, dt, discrete, vandermonde)
 
 
 def kernel_backward(dk, cache):
     """dk (d, D, L) -> grads of C, log_dt, log_A_real, A_imag"""
     A, dt, discrete, vandermonde = cache
-    dc, dz = vandermonde_backward(dk, vandermonde)
+    dc, dz = vandermonde_backward(dk.astype("float64"), vandermonde)
     dC, dA, ddt = discretize_backward(dz, dc, discrete)
-    return {
+    grads = {
         "C": ssm.as_pairs(dC),
         "log_dt": ddt * dt[:, 0],
         "log_A_real": dA.real * A.real,
         "A_imag": dA.imag,
     }
+    return {name: g.astype(dk.dtype) for name, g in grads.items()}
 
 
 # Operator, mixer, block
@@ -264,8 +267,9 @@ def state(params, cfg, batch):
 def operator_step(params, x_t, state, cfg):
     """(7).   x_t (B, D) -> y_t (B, D), state"""
     z, c, _ = discretize_forward(*modes(params), cfg)
-    x = array_module(z).exp(z) * state["x"] + x_t[:, :, None]
-    return 2 * (c[0] * x).sum(axis=-1).real + params["D"] * x_t, {"x": x}
+    factor, c = (a.astype(state["x"].dtype) for a in (array_module(z).exp(z), c[0]))
+    x = factor * state["x"] + x_t[:, :, None]
+    return 2 * (c * x).sum(axis=-1).real + params["D"] * x_t, {"x": x}
 
 
 def step(params, x_t, state, cfg):

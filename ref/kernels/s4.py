@@ -57,14 +57,43 @@ def _tables(L):
     return c, s
 
 
+# The inner loops are functions of few one-dimensional arrays: the compiler can then see that they
+# do not overlap and makes vector code.
+
+
 @njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
-def _reciprocals(c, s, m, r, work):
-    """work[:2W] = real and imaginary parts of 1/q"""
+def _reciprocals(c, s, m, r, re, im):
+    """re, im (W,) = 1/q"""
     for l in range(W):
         x = c[l] * c[l] * m - 4 * s[l] * s[l]
         y = -4 * s[l] * c[l] * r
         scale = 1 / (x * x + y * y)
-        work[l], work[W + l] = x * scale, -y * scale
+        re[l], im[l] = x * scale, -y * scale
+
+
+@njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
+def _add_scaled(a, b, re, im, y):
+    """y (4, W) += a re, a im, b re, b im"""
+    y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
+    for l in range(W):
+        y0[l] += a * re[l]
+        y1[l] += a * im[l]
+        y2[l] += b * re[l]
+        y3[l] += b * im[l]
+
+
+@njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
+def _add_products(x0, x1, re, im, y):
+    """y (W,) += x0 re + x1 im"""
+    for l in range(W):
+        y[l] += x0[l] * re[l] + x1[l] * im[l]
+
+
+@njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
+def _add_combination(a, x0, b, x1, y):
+    """y (W,) += a x0 + b x1"""
+    for l in range(W):
+        y[l] += a * x0[l] + b * x1[l]
 
 
 @njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
@@ -72,20 +101,15 @@ def _cauchy_forward(alpha, beta, m, r, c, s, R):
     S, D, n = alpha.shape
     J = R.shape[2] // 2
     for d in prange(D):
-        work = np.empty(2 * W)
+        re, im = np.empty(W), np.empty(W)
         sums = np.empty((S, 4, W))  # Re and Im of Σ alpha/q, of Σ beta/q
         for j0 in range(0, J, W):
             sums[:] = 0
             cosine, sine = c[j0 : j0 + W], s[j0 : j0 + W]
             for i in range(n):
-                _reciprocals(cosine, sine, m[d, i], r[d, i], work)
+                _reciprocals(cosine, sine, m[d, i], r[d, i], re, im)
                 for k in range(S):
-                    a, b, own = alpha[k, d, i], beta[k, d, i], sums[k]
-                    for l in range(W):
-                        own[0, l] += a * work[l]
-                        own[1, l] += a * work[W + l]
-                        own[2, l] += b * work[l]
-                        own[3, l] += b * work[W + l]
+                    _add_scaled(alpha[k, d, i], beta[k, d, i], re, im, sums[k])
             for k in range(S):
                 own = sums[k]
                 for l in range(min(W, J - j0)):
@@ -99,7 +123,7 @@ def _cauchy_backward(dR, alpha, beta, m, r, c, s, grads):
     S, D, n = alpha.shape
     J = dR.shape[2] // 2
     for d in prange(D):
-        work = np.empty(4 * W)  # 1/q and its gradient
+        re, im, dre, dim = np.empty(W), np.empty(W), np.empty(W), np.empty(W)  # 1/q, its gradient
         own = np.empty((S, 4, W))  # the gradients of Σ alpha/q and Σ beta/q
         sums = np.zeros((n, 2 * S + 2, W))  # of the gradients, lane by lane
         for j0 in range(0, J, W):
@@ -111,23 +135,24 @@ def _cauchy_backward(dR, alpha, beta, m, r, c, s, grads):
                     own[k, 0, l], own[k, 1, l] = -2 * cosine[l] * x, -2 * cosine[l] * y
                     own[k, 2, l], own[k, 3, l] = 4 * sine[l] * y, -4 * sine[l] * x
             for i in range(n):
-                _reciprocals(cosine, sine, m[d, i], r[d, i], work)
-                work[2 * W :] = 0
-                lanes = sums[i]
+                _reciprocals(cosine, sine, m[d, i], r[d, i], re, im)
+                dre[:], dim[:] = 0, 0
                 for k in range(S):
                     a, b, p = alpha[k, d, i], beta[k, d, i], own[k]
-                    for l in range(W):
-                        x, y = work[l], work[W + l]
-                        lanes[k, l] += p[0, l] * x + p[1, l] * y
-                        lanes[S + k, l] += p[2, l] * x + p[3, l] * y
-                        work[2 * W + l] += a * p[0, l] + b * p[2, l]
-                        work[3 * W + l] += a * p[1, l] + b * p[3, l]
-                for l in range(W):
-                    x, y = work[l], work[W + l]
-                    u, v = x * x - y * y, 2 * x * y  # 1/q²; the gradient of q is -conj(1/q²) g
-                    p, q = work[2 * W + l], work[3 * W + l]
-                    lanes[2 * S, l] -= cosine[l] * cosine[l] * (u * p + v * q)
-                    lanes[2 * S + 1, l] += 4 * sine[l] * cosine[l] * (u * q - v * p)
+                    _add_products(p[0], p[1], re, im, sums[i, k])
+                    _add_products(p[2], p[3], re, im, sums[i, S + k])
+                    _add_combination(a, p[0], b, p[2], dre)
+                    _add_combination(a, p[1], b, p[3], dim)
+                _add_pole(cosine, sine, re, im, dre, dim, sums[i, 2 * S], sums[i, 2 * S + 1])
         for i in range(n):
             for k in range(2 * S + 2):
                 grads[k, d, i] = sums[i, k].sum()
+
+
+@njit(cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
+def _add_pole(c, s, re, im, dre, dim, dm, dr):
+    """The gradient of q, -conj(1/q²) times that of 1/q, into dm and dr (W,)"""
+    for l in range(W):
+        u, v = re[l] * re[l] - im[l] * im[l], 2 * re[l] * im[l]
+        dm[l] -= c[l] * c[l] * (u * dre[l] + v * dim[l])
+        dr[l] += 4 * s[l] * c[l] * (u * dim[l] - v * dre[l])
