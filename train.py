@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import click
@@ -22,15 +23,22 @@ from ref.options import named, options_of, run_command
 
 
 @np.errstate(all="ignore")  # the loop itself looks for what is not finite
-def run(settings, out, resume_command, resume=False, eval_only=False):
+def run(settings, out, resume_command, resume=False, eval_only=False, download=False):
     """Train or resume the run that `settings` describes, in folder out; -> what result.json says"""
     if not eval_only:
         check_writable(out)
     if settings["threads"]:
         backend.set_threads(settings["threads"])
     xp = backend.select_device(settings["device"])
-    data = data_sets.load(settings["data"], settings["data_dir"] or None, settings["data_seed"])
+    data = data_sets.load(
+        settings["data"],
+        settings["data_dir"] or None,
+        settings["data_seed"],
+        max_length=settings["max_length"],
+        download=download,
+    )
     cfg, recipe = network_config(settings, data), presets.Recipe(**settings["recipe"])
+    settings = settings | {"layer": asdict(cfg.layer)}
     recorded = {"machine": runs.machine(xp), "data_checksum": runs.data_checksum(data)}
     if resume:
         runs.check_same(settings, recorded)
@@ -133,9 +141,21 @@ def run(settings, out, resume_command, resume=False, eval_only=False):
 def network_config(settings, data):
     """The network.Config of a run's settings on a data set.   Error: they do not go together"""
     recipe = presets.Recipe(**settings["recipe"])
-    if recipe.decoder == "lm":
+    usual = "match" if data.documents == 2 else "mean"
+    decoder = usual if recipe.decoder == "auto" else recipe.decoder
+    if decoder == "lm":
         raise Error(f"{data.name} has one target a sample, but --decoder lm needs one a position.")
+    if (decoder == "match") != (data.documents == 2):
+        raise Error(
+            f"{data.name} has {data.documents} document(s) a sample, and --decoder {decoder} does "
+            f"not fit; expected --decoder {usual}."
+        )
     layer = network.model_module(settings["model"]).Config(**settings["layer"])
+    fitted = {"depth": recipe.n_layers, "context": data.max_length}  # where the model asks for them
+    if getattr(layer, "l_max", 1) == 0:
+        fitted["l_max"] = data.max_length
+    own = {field.name for field in fields(layer)}
+    layer = replace(layer, **{name: value for name, value in fitted.items() if name in own})
     return network.Config(
         model=settings["model"],
         layer=layer,
@@ -143,8 +163,10 @@ def network_config(settings, data):
         d_input=data.d_input,
         d_output=data.d_output,
         tokens=data.tokens,
-        decoder=recipe.decoder,
+        decoder=decoder,
         final_norm=layer.prenorm,
+        positions=getattr(layer, "context", 0),
+        pool_from=data.pool_from if decoder == "mean" else 0,
     )
 
 
@@ -254,6 +276,7 @@ def command(model):
     preset = "small: ours, two cores and about ten minutes; paper: the published recipe. [small]"
     device = "auto: a GPU where one works. [auto]"
     minutes = "Train at most so long; without --steps or --epochs the schedule is made to end then."
+    cut = "Cut texts to so many tokens. [the data set's own length]"
     resume = f"Go on with the run in this folder; only {_names(CHANGEABLE)} can change."
     options = [
         option(["--model"], type=choice(network.MODELS), help="The model."),
@@ -270,6 +293,8 @@ def command(model):
             metavar="FOLDER",
             help="Folder of the data. [$REF_DATA_DIR or the user's cache]",
         ),
+        option(["--max-length"], metavar="INTEGER", type=click.IntRange(1), help=cut),
+        option(["--download"], is_flag=True, help="Fetch data files that are missing."),
         option(["--out"], metavar="FOLDER", help="Folder of the run. [runs/MODEL-DATA-SEED]"),
         option(["--resume"], metavar="RUN", help=resume),
         option(
@@ -303,12 +328,12 @@ def _names(options):
     return ", ".join("--" + name.replace("_", "-") for name in options)
 
 
-def _train(resume, eval_only, out, **options):
+def _train(resume, eval_only, out, download, **options):
     options = {name: value for name, value in options.items() if value is not None}
     if "data_dir" in options:
         options["data_dir"] = os.path.abspath(os.path.expanduser(options["data_dir"]))
     if resume:
-        _resume(Path(resume), options | ({"out": out} if out else {}), eval_only)
+        _resume(Path(resume), options | ({"out": out} if out else {}), eval_only, download)
         return
     if eval_only:
         raise click.UsageError("--eval-only needs --resume RUN: it evaluates a trained network.")
@@ -324,10 +349,10 @@ def _train(resume, eval_only, out, **options):
             raise Error(
                 f"{out} holds a run already. Go on with it by --resume, or choose another --out."
             )
-    run(settings, out, _command(out))
+    run(settings, out, _command(out), download=download)
 
 
-def _resume(out, options, eval_only):
+def _resume(out, options, eval_only, download):
     if fixed := options.keys() - CHANGEABLE:
         raise click.UsageError(
             "--resume takes its settings from the run; it cannot be combined with "
@@ -337,7 +362,7 @@ def _resume(out, options, eval_only):
         raise Error(f"{out} holds no run: there is no config.json in it.")
     settings = presets.read_settings(out / "config.json")
     settings = _usable(presets.changed, settings, options)
-    run(settings, out, _command(out, options), resume=True, eval_only=eval_only)
+    run(settings, out, _command(out, options), True, eval_only, download)
 
 
 def _usable(make, *values):

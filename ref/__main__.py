@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ref import Error, network
-from ref.options import named, options_of, run_command
+from ref.options import all_named, options_of, run_command
 
 
 @click.group(no_args_is_help=True)
@@ -19,13 +19,13 @@ def main():
 
 
 def _model_command(*args, **kwargs):
-    """A command whose further options are the fields of its model's Config"""
+    """A command whose further options are the fields of its models' Configs"""
 
     class ModelCommand(click.Command):
         def get_params(self, context):
-            model = named(sys.argv, "--model")
-            model = model if model in network.MODELS else network.MODELS[0]
-            return super().get_params(context) + options_of(network.model_module(model).Config)
+            models = [m for m in all_named(sys.argv, "--model") if m in network.MODELS]
+            configs = [network.model_module(m).Config for m in models or network.MODELS[:1]]
+            return super().get_params(context) + options_of(*configs)
 
     return main.command(*args, cls=ModelCommand, **kwargs)
 
@@ -148,7 +148,13 @@ def info(model, length, **settings):
 
 @_model_command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--model", type=click.Choice(network.MODELS), help="A model at initialisation.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Choice(network.MODELS),
+    help="A model at initialisation; several stand side by side.",
+)
 @click.option(
     "--what",
     required=True,
@@ -158,18 +164,18 @@ def info(model, length, **settings):
 @click.option("--length", "-L", default=256, type=click.IntRange(1), help="Sequence length.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of the initialisation.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The PNG; WHAT.png, in RUN.")
-def plot(run, model, what, length, seed, output, **settings):
-    """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of a
-    --model as initialised.
+def plot(run, models, what, length, seed, output, **settings):
+    """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of
+    models as initialised.
 
-    Example: python -m ref plot --model hope --what hankel
+    Example: python -m ref plot --model hope --model s4 --model s4d --what hankel
     """
     from ref import plots
 
-    if (run is None) == (model is None):
+    if (run is None) == (not models):
         raise click.UsageError("give either the folder of a run or --model.")
     output = output or (run or Path()) / f"{what}.png"
-    plots.draw(what, run, model, _given(settings), length, seed, output)
+    plots.draw(what, run, models, _given(settings), length, seed, output)
     print(output)
 
 

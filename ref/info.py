@@ -1,10 +1,11 @@
 """`python -m ref info`: what a model's block holds and what it costs."""
 
+import dataclasses
 import math
 
 import numpy as np
 
-from ref import Error, network
+from ref import Error, network, presets
 
 
 def describe(model, settings, L):
@@ -17,18 +18,43 @@ def describe(model, settings, L):
     lines += [f"    {name:12} {p.shape!s:16} {p.size:>12,}" for name, p in params.items()]
     lines += ["", f"operations per token, forward, L = {L:,}:"]
     lines += [f"    {n:>14,.0f}  {what}" for what, n in COSTS[model](cfg, L).items()]
+    return "\n".join([*lines, "", *_decoding(module, params, cfg, total), "", *_recipes(model)])
+
+
+def _decoding(module, params, cfg, total):
+    if getattr(cfg, "l_max", None) == 0:
+        cfg = dataclasses.replace(cfg, l_max=1)  # any: the state's size does not depend on it
     try:
         state = module.state(params, cfg, 1)
     except Error as e:
-        return "\n".join([*lines, "", f"decoding: {e}"])
-    floats = sum(math.prod(s.shape) for s in state.values())
+        return [f"decoding: {e}"]
+    floats = sum(math.prod(s.shape) * (2 if s.dtype.kind == "c" else 1) for s in state.values())
     moved = 4 * (total + 2 * floats)
-    lines += [
-        "",
+    return [
         f"decoding state of a sequence: {floats:,} numbers, {4 * floats:,} bytes in float32",
         f"bytes per token, decoding, batch 1, float32: {moved:,} (parameters once, state twice)",
     ]
-    return "\n".join(lines)
+
+
+def _recipes(model):
+    """What --preset sets, for each data set"""
+    lines = [
+        "recipes of train.py (--preset small is for any data set, paper is the published one):"
+    ]
+    for data in presets.small_data_sets():
+        for name in presets.PRESETS:
+            if name == "small" or data in presets.published(model):
+                chosen = presets.preset(model, data, name)
+                lines.append(f"    {data}, {name}: {_options(chosen)}")
+    return lines
+
+
+def _options(chosen):
+    return " ".join(
+        f"--{'' if v is not False else 'no-'}{n.replace('_', '-')}"
+        + (f" {v}" if not isinstance(v, bool) else "")
+        for n, v in chosen.items()
+    )
 
 
 def _title(module):
@@ -51,4 +77,19 @@ def _hope_costs(cfg, L):
     return costs | {"FFT convolution": (2 * fft + 6 * bins) * D / L}
 
 
-COSTS = {"hope": _hope_costs}
+def _ssm_costs(cfg, L):
+    """S4D's; S4's kernel has 2d+2 Cauchy sums at the nodes instead"""
+    D, N, directions = cfg.d_model, cfg.d_state, 2 if cfg.bidirectional else 1
+    fft = 2.5 * 2 * L * math.log2(2 * L)
+    costs = {"projection and gate": 4 * D * D + 20 * D, "norm, residual, skip": 10 * D}
+    if cfg.causal:
+        costs["one step of the recurrence, instead of the two below"] = 7 * N * D
+    kernel = 2 * N * D * directions
+    if hasattr(cfg, "l_max"):
+        nodes = (cfg.l_max or L) // 2 + 1
+        kernel = (15 + 8 * (2 * directions + 2)) * N / 2 * D * nodes / L
+    costs["kernel, divided by the batch size"] = kernel
+    return costs | {"FFT convolution": (2 * fft + 6 * L) * D / L}
+
+
+COSTS = {"hope": _hope_costs, "s4": _ssm_costs, "s4d": _ssm_costs}

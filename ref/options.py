@@ -7,14 +7,20 @@ import sys
 import click
 
 
-def named(arguments, option):
-    """The value of `option` in arguments not parsed yet: the model decides which options exist"""
+def all_named(arguments, option):
+    """The values of `option` in arguments not parsed yet: the model decides which options exist"""
+    values = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith(option + "="):
-            return argument.partition("=")[2]
+            values.append(argument.partition("=")[2])
         if argument == option:
-            return following
-    return None
+            values.append(following)
+    return values
+
+
+def named(arguments, option):
+    """The first of them, or None"""
+    return next(iter(all_named(arguments, option)), None)
 
 
 def options_of(*configs):

@@ -1,6 +1,7 @@
 """Pictures of runs and models: curves, kernels, Hankel singular values, matrices."""
 
 import contextlib
+import dataclasses
 import json
 
 import matplotlib
@@ -24,9 +25,9 @@ def _save(figure, path):
     write_atomically(path, content.getvalue())
 
 
-def draw(what, run, model, settings, length, seed, path):
-    """`python -m ref plot`: the curves of a run, or a picture of every layer of a run or of a model
-    as initialised
+def draw(what, run, models, settings, length, seed, path):
+    """`python -m ref plot`: the curves of a run, or a picture of every layer of a run, or of models
+    as initialised, side by side
 
     Error: no such run; a picture that this configuration does not have.
     """
@@ -35,9 +36,9 @@ def draw(what, run, model, settings, length, seed, path):
             raise Error("--what curves needs the folder of a run.")
         curves(run, path)
         return
-    module, layers = trained_layers(run) if run else initial_layers(model, settings, seed)
+    layers = trained_layers(run) if run else initial_layers(models, settings, length, seed)
     pictures = {}
-    for title, (params, cfg) in layers.items():
+    for title, (module, params, cfg) in layers.items():
         if what == "hankel":
             pictures[title] = module.hankel_values(params, cfg)
         elif what == "kernel":
@@ -47,23 +48,30 @@ def draw(what, run, model, settings, length, seed, path):
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
 
 
-def initial_layers(model, settings, seed):
-    """-> module, {title: (params, cfg)} of a model's layer at initialisation"""
-    module = network.model_module(model)
-    cfg = module.Config(**settings)
-    params = module.block_init(cfg, np.random.default_rng(seed), "float64")
-    return module, {f"{model} at initialisation": (params, cfg)}
+def initial_layers(models, settings, length, seed):
+    """-> {title: (module, params, cfg)} of the models' layers at initialisation; a setting applies
+    to the models that have it, and S4's C~ is made for the length"""
+    layers = {}
+    for model in models:
+        module = network.model_module(model)
+        own = {field.name for field in dataclasses.fields(module.Config)}
+        cfg = module.Config(**{name: v for name, v in settings.items() if name in own})
+        if getattr(cfg, "l_max", None) == 0:
+            cfg = dataclasses.replace(cfg, l_max=length)
+        params = module.block_init(cfg, np.random.default_rng(seed), "float64")
+        layers[f"{model} at initialisation"] = module, params, cfg
+    return layers
 
 
 def trained_layers(run):
-    """-> module, {title: (params, cfg)} of a run's blocks"""
+    """-> {title: (module, params, cfg)} of a run's blocks"""
     settings = read_json(run / "config.json")
     module = network.model_module(settings["model"])
     tensors, _ = read_tensors(run / "checkpoint.safetensors")
     params = {n[6:]: t.astype("float64") for n, t in tensors.items() if n.startswith("param.")}
-    cfg = module.Config(**settings["layer"])
-    titles = [f"layer {i}" for i in range(settings["recipe"]["n_layers"])]
-    return module, {title: (network.layer_params(params, i), cfg) for i, title in enumerate(titles)}
+    cfg, layers = module.Config(**settings["layer"]), range(settings["recipe"]["n_layers"])
+    name = settings["model"]
+    return {f"{name}, layer {i}": (module, network.layer_params(params, i), cfg) for i in layers}
 
 
 def curves(run, path):

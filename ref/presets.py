@@ -1,11 +1,12 @@
-"""Recipes: how a model is trained on a data set. `small` is ours, for two CPU cores and about ten
-minutes; `paper` is the published recipe. A preset sets fields of the model's Config and of Recipe;
-what it does not name keeps its default.
+"""How a run is set up: its fields, and the recipes behind --preset, which stand in recipes.toml.
 
 Preset and options make the settings of a run; config.json is their JSON.
 """
 
+import functools
+import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from ref import Error, network
 from ref.backend import check_choice
@@ -28,12 +29,13 @@ class Run:
     threads: int = 0  # 0: all cores
     minutes: float = 0.0  # train at most so long; 0: no limit
     data_dir: str = ""  # "": $REF_DATA_DIR or the user's cache
+    max_length: int = 0  # tokens that a text is cut to; 0: the data set's own length
 
     def __post_init__(self):
         check_choice("preset", self.preset, PRESETS)
         check_choice("dtype", self.dtype, ("float32", "float64"))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        for name in ("seed", "data_seed", "threads", "minutes"):
+        for name in ("seed", "data_seed", "threads", "minutes", "max_length"):
             if not getattr(self, name) >= 0:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
 
@@ -47,13 +49,15 @@ class Recipe:
     """All about a run that is not the model's layer."""
 
     n_layers: int = _field(4, "Blocks.")
-    decoder: str = _field("mean", "mean: over all positions; last: position; lm: each position.")
+    decoder: str = _field(
+        "auto", "auto: mean over positions, match for two documents; last: position; lm: each."
+    )
     batch_size: int = _field(32, "Samples a step.")
     steps: int = _field(0, "Optimiser steps; 0: --epochs decides.")
     epochs: float = _field(0.0, "Passes over the training data; 0: --minutes decides.")
     lr: float = _field(2e-3, "Learning rate.")
     weight_decay: float = _field(0.01, "Decoupled, as AdamW's.")
-    ssm_lr: float = _field(1e-3, "Of the state-space parameters (hope: H).")
+    ssm_lr: float = _field(1e-3, "Of the state-space parameters (hope: H; s4: A, B, P; s4d: A).")
     ssm_weight_decay: float = _field(0.0, "Of the state-space parameters.")
     dt_lr: float = _field(1e-3, "Of log_dt; 0 freezes it.")
     warmup: int = _field(200, "Steps of linear warm-up before the cosine.")
@@ -83,63 +87,35 @@ class Recipe:
             raise Error(f"steps={self.steps} and epochs={self.epochs}: give one of the two.")
 
 
-_RECIPES = {
-    ("hope", "lra-listops"): {
-        "small": {
-            "d_model": 64,
-            "n_layers": 4,
-            "d_state": 64,
-            "convention": "lra",
-            "bidirectional": True,
-            "dt_min": 1e-4,
-            "dt_max": 1.0,
-            "norm": "batch",
-            "batch_size": 16,
-            "steps": 4000,
-            "lr": 4e-3,
-            "weight_decay": 0.03,
-            "ssm_lr": 4e-3,
-            "dt_lr": 1e-3,
-            "warmup": 100,
-        },
-        # The LRA pipeline's convention (n = d_state, scale_factor 2) with the layer as the paper
-        # has it: both directions on the full circle, trained Markov parameters. Its shipped code
-        # froze them: train_markov=False.
-        "paper": {
-            "d_model": 128,
-            "n_layers": 8,
-            "d_state": 64,
-            "convention": "lra",
-            "bidirectional": True,
-            "dt_min": 1e-4,
-            "dt_max": 1.0,
-            "norm": "batch",
-            "dropout": 0.0,
-            "batch_size": 20,
-            "steps": 800_000,
-            "lr": 2e-3,
-            "weight_decay": 0.03,
-            "ssm_lr": 1e-3,
-            "dt_lr": 0.0,
-            "warmup": 5000,
-            "clip": 0.0,
-            "eval_every": 4800,
-            "log_every": 100,
-        },
-    },
-}
+@functools.cache
+def _recipes():
+    return tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
 
 
 def preset(model, data, name):
     """Settings by field name.   Error: unknown preset, or no published recipe for this pair"""
     check_choice("preset", name, PRESETS)
-    found = _RECIPES.get((model, data), {}).get(name)
-    if found is None and name == "paper":
+    if name == "small":
+        small = _recipes()["small"]
+        own = small["model"].get(model, {}) | small["data"].get(data, {"epochs": 1.0})
+        return small["all"] | own
+    if data not in published(model):
         raise Error(
             f"there is no published recipe of {model} on {data} here; "
             "use --preset small and set what differs."
         )
-    return dict(found or {"epochs": 1.0})
+    paper = _recipes()["paper"][model]
+    return paper["all"] | paper[data]
+
+
+def small_data_sets():
+    """The data sets that --preset small has numbers for"""
+    return list(_recipes()["small"]["data"])
+
+
+def published(model):
+    """The data sets that have a published recipe of the model"""
+    return [data for data in _recipes()["paper"].get(model, {}) if data != "all"]
 
 
 # The settings of a run
@@ -153,6 +129,7 @@ def make_settings(options):
     run = _made(Run, options)
     layer_class = network.model_module(run.model).Config
     chosen = preset(run.model, run.data, run.preset)
+    run = _made(Run, {"max_length": chosen.get("max_length", 0)} | options)
     if run.minutes or options.keys() & {"steps", "epochs"}:
         chosen |= {"steps": 0, "epochs": 0.0}  # what is given decides how long it takes
     chosen |= options
@@ -160,7 +137,8 @@ def make_settings(options):
     if not (recipe.steps or recipe.epochs or run.minutes):
         raise Error("steps, epochs and minutes are all 0: nothing to train.")
     # What no data set can make possible is refused before any is loaded.
-    network.Config(run.model, layer, recipe.n_layers, 1, 1, decoder=recipe.decoder)
+    decoder = "mean" if recipe.decoder == "auto" else recipe.decoder
+    network.Config(run.model, layer, recipe.n_layers, 1, 1, decoder=decoder)
     return asdict(run) | {"layer": asdict(layer), "recipe": asdict(recipe)}
 
 

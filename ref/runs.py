@@ -1,5 +1,6 @@
 """What a training run keeps and shows: checkpoint, metrics, progress, interrupts, time budget."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -230,16 +231,22 @@ class Budget:
 def memory_estimate(params, cfg, batch_size, length):
     """Bytes of a training step on the longest batch
 
-    Four times the parameters, and the activations in proportion to those of a short batch.
+    Four times the parameters, and the activations in proportion to those of short samples: what one
+    more of them adds, times the batch size, and the kernels, which a batch shares.
     """
-    x = np.zeros(
-        (1, 64) if cfg.tokens else (1, 64, cfg.d_input),
-        "int32" if cfg.tokens else params["encoder.weight"].dtype,
-    )
-    _, cache = network.forward(params, x, cfg, rng=np.random.default_rng(0))
     own = {id(p.base if p.base is not None else p) for p in params.values()}
-    activations = sum(nbytes for key, nbytes in _arrays(cache).items() if key not in own)
-    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * activations * batch_size * length / 64
+    documents = 2 if cfg.decoder == "match" else 1
+    short, cfg = min(64, length), dataclasses.replace(cfg, pool_from=0)
+
+    def activations(samples):
+        shape = (samples * documents, short) if cfg.tokens else (samples, short, cfg.d_input)
+        x = np.zeros(shape, "int32" if cfg.tokens else params["encoder.weight"].dtype)
+        _, cache = network.forward(params, x, cfg, rng=np.random.default_rng(0))
+        return sum(nbytes for key, nbytes in _arrays(cache).items() if key not in own)
+
+    one, two = activations(1), activations(2)
+    total = (2 * one - two) + (two - one) * batch_size
+    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * total * length / short
 
 
 def _arrays(tree):

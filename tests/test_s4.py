@@ -294,7 +294,7 @@ def test_initialisations():
 
 def test_hankel_singular_values():
     rng = np.random.default_rng(0)
-    for module, settings in LAYERS[:4] + [(s4, dict(l_max=64)), LAYERS[5]]:
+    for module, settings in [*LAYERS[:4], (s4, dict(l_max=64)), LAYERS[5]]:
         cfg, params = layer(module, rng, d_model=2, dt_min=0.2, dt_max=0.3, **settings)
         values = module.hankel_values(params, cfg)
         assert values.shape == (4 if cfg.bidirectional else 2, 6)

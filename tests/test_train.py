@@ -581,7 +581,7 @@ USAGE = {
     "--steps": "requires an argument",
     "--conv foo": "expected one of: circular, causal, identity",
     "--norm foo": "expected one of",
-    "--decoder foo": "expected one of: mean, last, lm",
+    "--decoder foo": "expected one of: mean, last, match, lm",
     "--decoder lm": "language modelling needs a causal map",
     "--conv causal": "bidirectional",
     "--batch-size 0": "batch_size=0: expected at least 1",
