@@ -54,6 +54,7 @@ def check_pair(forward, backward, arrays, seed=0):
 
 _HOPE = {"d_model": 3, "d_state": 5, "convention": "lra", "dt_min": 0.1, "dt_max": 1.0}
 _SSM = {"d_model": 3, "d_state": 4, "dt_min": 0.1, "dt_max": 1.0}
+_ATTENTION = {"d_model": 6, "n_heads": 3, "d_mlp": 5, "block": 3, "depth": 2, "context": 12}
 _PUBLISHED = {"bidirectional": True, "layout": "published"}
 CONFIGURATIONS = {
     "hope": [
@@ -78,6 +79,12 @@ CONFIGURATIONS = {
         (_SSM | {"discretization": "bilinear", "bidirectional": True}, 2),
         (_SSM | {"init": "random", "norm": "rms", "prenorm": True}, 130),
         (_SSM, 1),
+    ],
+    "transformer": [
+        (_ATTENTION | {"bidirectional": True, "dropout": 0.3}, 7),
+        (_ATTENTION | {"n_heads": 1, "block": 16}, 9),
+        (_ATTENTION, 8),
+        (_ATTENTION, 2),
     ],
 }
 

@@ -92,4 +92,20 @@ def _ssm_costs(cfg, L):
     return costs | {"FFT convolution": (2 * fft + 6 * L) * D / L}
 
 
-COSTS = {"hope": _hope_costs, "s4": _ssm_costs, "s4d": _ssm_costs}
+def _attention_costs(cfg, L):
+    D, M = cfg.d_model, cfg.d_mlp or 4 * cfg.d_model
+    keys = (L + 1) / 2 if cfg.causal else L
+    return {
+        "projections": 8 * D * D,
+        "attention": (4 * D + 6 * cfg.n_heads) * keys,
+        "MLP": 4 * D * M + 15 * M,
+        "norms, residuals": 18 * D,
+    }
+
+
+COSTS = {
+    "hope": _hope_costs,
+    "s4": _ssm_costs,
+    "s4d": _ssm_costs,
+    "transformer": _attention_costs,
+}

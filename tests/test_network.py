@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 from conftest import error
 
-from ref import Error, hope, network
+from ref import Error, hope, network, transformer
 
 
-def make(rng, tokens=True, decoder="mean", tied=False, final_norm=False, n_layers=2, **layer):
+def make(
+    rng, tokens=True, decoder="mean", tied=False, final_norm=False, n_layers=2, more=None, **layer
+):
     cfg = network.Config(
         "hope",
         hope.Config(**dict(d_model=6, d_state=8) | layer),
+        **more or {},
         n_layers=n_layers,
         d_input=9,
         d_output=9 if tied else 4,
@@ -34,6 +37,68 @@ def test_pooling_looks_at_a_sequence_s_own_length():
         other = x.copy()
         other[0, 5:] = 0
         assert error(network.forward(params, other, cfg, lengths)[0], y) < 1e-12
+
+
+def test_pooling_from_a_position_on():
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng, more={"pool_from": 4}, conv="identity")
+    x, lengths = rng.integers(0, 9, (2, 12)), np.array([7, 12])
+    y, _ = network.forward(params, x, cfg, lengths)
+    for changed, same in ((np.s_[:, :4], True), (np.s_[:, 4:7], False), (np.s_[0, 7:], True)):
+        other = x.copy()
+        other[changed] = (other[changed] + 1) % 9
+        moved = error(network.forward(params, other, cfg, lengths)[0], y)
+        assert (moved == 0) == same
+    with pytest.raises(Error, match="between 5 and 12"):
+        network.forward(params, x, cfg, np.array([4, 12]))
+
+
+def test_two_documents_are_matched():
+    """Rows i and B + i, each pooled alone: the literal features, through the same layers"""
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng, decoder="match", conv="causal")
+    x, lengths = rng.integers(0, 9, (6, 11)), np.array([5, 11, 7, 9, 3, 11])
+    y, _ = network.forward(params, x, cfg, lengths)
+    assert y.shape == (3, 4)
+    pooled, own = [], network.Config("hope", cfg.layer, 2, 9, 6)
+    same = params | {"decoder.weight": np.eye(6), "decoder.bias": np.zeros(6)}
+    for row, length in zip(x, lengths, strict=True):
+        pooled.append(network.forward(same, row[None, :length], own)[0][0])
+    for i in range(3):
+        p1, p2 = pooled[i], pooled[3 + i]
+        features = np.concatenate([p1, p2, p1 * p2, p1 - p2])
+        hidden = np.maximum(params["match.weight"] @ features + params["match.bias"], 0)
+        expected = params["decoder.weight"] @ hidden + params["decoder.bias"]
+        assert error(y[i], expected) < 1e-12
+    with pytest.raises(Error, match="two documents"):
+        network.forward(params, x[:5], cfg)
+
+
+def test_learned_positions():
+    rng = np.random.default_rng(0)
+    cfg, params = make(rng, more={"positions": 8}, conv="identity")
+    assert abs(params["encoder.position"].std() / 0.02 - 1) < 0.3
+    x = np.full((1, 8), 3)
+    y, _ = network.forward(params, x, cfg)
+    z = params["encoder.weight"][3] + params["encoder.position"]
+    same = params | {"encoder.weight": z}
+    plain, _ = network.forward(same, np.arange(8)[None], make(rng, conv="identity")[0])
+    assert error(y, plain) < 1e-12
+    with pytest.raises(Error, match="9 long, but the network has 8 positions"):
+        network.forward(params, np.zeros((1, 9), int), cfg)
+
+
+def test_padding_is_hidden_from_models_that_look_everywhere():
+    rng = np.random.default_rng(0)
+    layer = transformer.Config(d_model=6, n_heads=2, bidirectional=True, block=4)
+    cfg = network.Config("transformer", layer, 2, 9, 4, final_norm=True, positions=12)
+    params = network.init(cfg, rng, "float64")
+    x, lengths = rng.integers(0, 9, (2, 12)), np.array([5, 12])
+    y, _ = network.forward(params, x, cfg, lengths)
+    assert error(network.forward(params, x[:1, :5], cfg)[0][0], y[0]) < 1e-12
+    other = x.copy()
+    other[0, 5:] = 0
+    assert error(network.forward(params, other, cfg, lengths)[0], y) < 1e-12
 
 
 def test_a_batch_is_its_samples():
