@@ -43,7 +43,8 @@ def adamw_update(params, grads, moments, step, groups, scale=1.0):
             continue
         p, m, v = params[name], moments[f"m.{name}"], moments[f"v.{name}"]
         size, root = lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step)
-        if twin := twins("optim", p):
+        in_place = p.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous
+        if in_place and (twin := twins("optim", p)):
             twin.adamw(p, g, m, v, b1, b2, size, root, EPS, 1 - lr * decay)
             continue
         m += (1 - b1) * (g - m)

@@ -326,7 +326,8 @@ def _truncation(params, L):
 
 def _half_pairs(C):
     """Rows with conjugates (D, d, N) -> (d, D, N/2, 2)"""
-    return ssm.as_pairs(C[:, :, : C.shape[2] // 2].transpose(1, 0, 2))
+    own = array_module(C).ascontiguousarray(C.transpose(1, 0, 2)[:, :, : C.shape[2] // 2])
+    return ssm.as_pairs(own)
 
 
 # Recurrent form
@@ -376,8 +377,8 @@ def recurrence(params, cfg, form="dense"):
     C = ssm.with_conjugates(ssm.as_complex(output_matrix(params, cfg.l_max)[0]))
     if form == "dense":
         return dA, dB, C
-    xp, half = array_module(A), 0.5 * array_module(A).exp(params["log_dt"])[:, None]
-    values, V = xp.linalg.eig(A)
+    xp, (values, V) = array_module(A), backend.eig(A)
+    half = 0.5 * xp.exp(params["log_dt"].astype("float64"))[:, None]
     dB = xp.linalg.solve(V, dB[:, :, None])[:, :, 0]
     return (1 + half * values) / (1 - half * values), dB, (C[:, None, :] @ V)[:, 0]
 
@@ -444,8 +445,8 @@ def from_published(tensors, cfg, part):
     """The published state dict of `part` -> params; B, P and D have one more axis there, and log_dt
     is a column.   Error: its l_kernel is not l_max"""
     for name, length in tensors.items():
-        if name.endswith("l_kernel") and cfg.l_max and int(length[0]) != cfg.l_max:
-            raise Error(f"{name} is {int(length[0])}, but l_max is {cfg.l_max}.")
+        if name.endswith("l_kernel") and cfg.l_max and backend.item(length[0]) != cfg.l_max:
+            raise Error(f"{name} is {backend.item(length[0])}, but l_max is {cfg.l_max}.")
     params = block.from_published(tensors, PUBLISHED[part])
     params |= {name: params[name][0] for name in ("B", "P", "D") if name in params}
     return params | ({"log_dt": params["log_dt"][:, 0]} if "log_dt" in params else {})

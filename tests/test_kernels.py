@@ -12,7 +12,7 @@ import pytest
 from conftest import error
 from scipy import special
 
-from ref import backend, hope, nn
+from ref import backend, hope, nn, s4, s4d, transformer
 from ref.kernels import numeric
 
 COMPILED = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="NUMBA_DISABLE_JIT is set")
@@ -52,13 +52,19 @@ def everything(dtype="float32"):
     """Results of every twin that runs in parallel"""
     rng = np.random.default_rng(0)
     results = []
-    for settings in (dict(bidirectional=True, norm="batch"), dict(conv="causal")):
-        cfg = hope.Config(d_model=37, d_state=20, **settings)
-        params = hope.block_init(cfg, rng, dtype)
+    for model, settings in (
+        (hope, dict(d_state=20, bidirectional=True, norm="batch")),
+        (hope, dict(d_state=20, conv="causal")),
+        (s4, dict(d_state=20, bidirectional=True, norm="batch", l_max=301)),
+        (s4d, dict(d_state=20, bidirectional=True, norm="batch")),
+        (transformer, dict(n_heads=1)),
+    ):
+        cfg = model.Config(d_model=37, **settings)
+        params = model.block_init(cfg, rng, dtype)
         x, dy = rng.standard_normal((2, 3, 301, 37)).astype(dtype)
-        y, cache = hope.block_forward(params, x, cfg, np.random.default_rng(1))
-        dx, grads = hope.block_backward(dy, cache)
-        results += [y, dx, *grads.values(), *hope.running_statistics(params, cache).values()]
+        y, cache = model.block_forward(params, x, cfg, np.random.default_rng(1))
+        dx, grads = model.block_backward(dy, cache)
+        results += [y, dx, *grads.values(), *model.running_statistics(params, cache).values()]
     return results
 
 
@@ -80,6 +86,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     rng = np.random.default_rng(0)
     h, log_dt = rng.standard_normal((33, 20)), rng.uniform(-5, 1, 33)
     x = rng.standard_normal((5, 99, 33)).astype("float32")
+    v = rng.standard_normal((2, 33, 5)) + 1j
+    a = -0.1 + 0.1j * rng.standard_normal((33, 5))
     twins = []
     for n in (1, 2):
         backend.set_threads(n)
@@ -87,10 +95,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
         k, ladder = hope.ladder_forward(h, log_dt, 200)
         norm = nn.batch_norm_forward(x, x[0, 0], x[0, 1], None, None, True)
         gelu, gelu_cache = nn.gelu_forward(x)
+        R, cauchy = s4.cauchy_forward(v, a, 200)
+        powers, vandermonde = s4d.vandermonde_forward(v, a, 200)
         twins.append(
             [
                 g,
                 *hope.sample_backward(g, cache),
+                R,
+                *s4.cauchy_backward(R, cauchy),
+                powers,
+                *s4d.vandermonde_backward(powers, vandermonde),
                 k,
                 *hope.ladder_backward(k, ladder),
                 norm[0],
@@ -135,14 +149,20 @@ def python(code, **environment):
 
 SMALL = """
 import numpy as np, sys
-from ref import hope
-for settings in ({"norm": "batch"}, {"conv": "causal"}):
+from ref import hope, s4, s4d, transformer
+for model, settings in (
+    (hope, {"d_state": 6, "norm": "batch"}),
+    (hope, {"d_state": 6, "conv": "causal"}),
+    (s4, {"d_state": 6, "l_max": 5}),
+    (s4d, {"d_state": 6, "bidirectional": True}),
+    (transformer, {"n_heads": 1}),
+):
     rng = np.random.default_rng(0)
-    cfg = hope.Config(d_model=3, d_state=6, **settings)
-    p = hope.block_init(cfg, rng, "float64")
+    cfg = model.Config(d_model=3, **settings)
+    p = model.block_init(cfg, rng, "float64")
     x = rng.standard_normal((2, 5, 3))
-    y, cache = hope.block_forward(p, x, cfg, rng)
-    dx, grads = hope.block_backward(x, cache)
+    y, cache = model.block_forward(p, x, cfg, rng)
+    dx, grads = model.block_backward(x, cache)
     print(y.sum(), dx.sum(), *(abs(g).sum() for g in grads.values()))
 """
 

@@ -34,6 +34,21 @@ def test_twin_is_the_readable_form(plain):
         assert all(error(a[n], b[n]) < allowed and a[n].dtype == dtype for n in a)
 
 
+def test_any_memory_layout_is_updated_in_place():
+    rng = np.random.default_rng(0)
+    straight, g = rng.standard_normal((2, 5, 7))
+    for odd in (np.asfortranarray(straight), np.repeat(straight, 2, axis=1)[:, ::2]):
+        results = []
+        for p in (straight.copy(), odd):
+            params, groups = {"p": p}, {"p": optim.Group(0.1, 0.3)}
+            moments = optim.adamw_init(params)
+            for i in (1, 2):
+                optim.adamw_update(params, {"p": g}, moments, i, groups)
+            assert params["p"] is p
+            results.append(p)
+        assert error(results[1], results[0]) < 1e-14
+
+
 def test_as_pytorch_does_it():
     torch = pytest.importorskip("torch", reason="torch is not installed: no comparison with it")
     start, grads, params = trajectory("float64")

@@ -13,14 +13,14 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from ref.backend import parallel_lock
+from ref.backend import empty, parallel_lock
 
 W = 32  # nodes side by side: the inner loops over l are vector code
 
 
 def cauchy_forward(v, a, L):
     """v (S, D, n), a (D, n) -> R (S, D, L//2+1): see ref.s4.cauchy_forward"""
-    R = np.empty((*v.shape[:2], L // 2 + 1), a.dtype)
+    R = empty((*v.shape[:2], L // 2 + 1), a.dtype)
     with parallel_lock:
         _cauchy_forward(*_coefficients(v, a), *_tables(L), R.view(a.real.dtype))
     return R
@@ -28,7 +28,7 @@ def cauchy_forward(v, a, L):
 
 def cauchy_backward(dR, v, a, L):
     """dR (S, D, J) -> dv (S, D, n), da (D, n): see ref.s4.cauchy_backward"""
-    grads = np.empty((2 * len(v) + 2, *a.shape))
+    grads = empty((2 * len(v) + 2, *a.shape), np.float64)
     with parallel_lock:
         dR = np.ascontiguousarray(dR).view(a.real.dtype)
         _cauchy_backward(dR, *_coefficients(v, a), *_tables(L), grads)

@@ -11,7 +11,7 @@ import cmath
 import numpy as np
 from numba import njit, prange
 
-from ref.backend import parallel_lock
+from ref.backend import empty, parallel_lock
 
 W = 64  # lanes: the inner loops over l are vector code
 REFRESH = 16
@@ -19,7 +19,7 @@ REFRESH = 16
 
 def vandermonde_forward(c, z, L):
     """c (d, D, n), z (D, n) -> k (d, D, L): see ref.s4d.vandermonde_forward"""
-    k = np.empty((*c.shape[:2], L), z.real.dtype)
+    k = empty((*c.shape[:2], L), z.real.dtype)
     with parallel_lock:
         _vandermonde_forward(_complex128(c), _complex128(z), k)
     return k
@@ -27,7 +27,7 @@ def vandermonde_forward(c, z, L):
 
 def vandermonde_backward(dk, c, z):
     """dk (d, D, L) -> dc (d, D, n), dz (D, n): see ref.s4d.vandermonde_backward"""
-    dc, dz = np.empty(c.shape, z.dtype), np.empty(z.shape, z.dtype)
+    dc, dz = empty(c.shape, z.dtype), empty(z.shape, z.dtype)
     with parallel_lock:
         _vandermonde_backward(np.ascontiguousarray(dk), _complex128(c), _complex128(z), dc, dz)
     return dc, dz
