@@ -161,6 +161,12 @@ def erf(x):
     return importlib.import_module(scipy_of.get(name, name)).erf(x)
 
 
+def eig(A):
+    """Eigenvalues and eigenvectors of any square matrices, on the host: CuPy 13 has none of it."""
+    xp = array_module(A)
+    return tuple(to_device(x, xp) for x in np.linalg.eig(to_host(A)))
+
+
 # Threads
 
 

@@ -4,7 +4,7 @@ singular values, complex parameters as pairs of real numbers."""
 import numpy as np
 
 from ref import nn
-from ref.backend import array_module
+from ref.backend import array_module, item
 
 
 def as_pairs(z):
@@ -110,7 +110,7 @@ def _thinned(A, Z):
         Z = xp.concatenate([Z, A @ Z], axis=2)
         if Z.shape[2] > n:
             Z = xp.linalg.qr(Z.conj().transpose(0, 2, 1), mode="r").conj().transpose(0, 2, 1)
-        if xp.abs(A).max() < 1e-17:
+        if item(xp.abs(A).max()) < 1e-17:
             break
         A = A @ A
     return Z

@@ -5,6 +5,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __APPLE__
+#define sincos __sincos
+#endif
+
 #define __global__
 #define __device__
 #define __forceinline__ inline

@@ -107,6 +107,20 @@ def _irfft(X, n=None, axis=-1):
 fft = _Namespace(np.fft, cupy and cupy.fft, irfft=_irfft)
 
 
+def _solve(a, b):
+    """NumPy's broadcasts stacks of matrices, CuPy's does not"""
+    if b.ndim > 1 and a.shape[:-1] != b.shape[:-1]:
+        raise ValueError(f"solve: {a.shape} and {b.shape} are not stacks alike")
+    return Array(np.linalg.solve(_unwrap(a, "solve"), _unwrap(b, "solve")))
+
+
+def _eig(a):
+    raise TypeError("linalg.eig: CuPy has it only from 14 on; backend.eig is for all")
+
+
+linalg = _Namespace(np.linalg, cupy and cupy.linalg, solve=_solve, eig=_eig, eigvals=_eig)
+
+
 class Array:
     """A NumPy array in the place of one on the device"""
 

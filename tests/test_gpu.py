@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import strict
 
-from ref import Error, backend, block, hope, network, nn, optim
-from ref.kernels import cuda, hope_cuda
+from ref import Error, backend, block, hope, network, nn, optim, s4
+from ref.kernels import cuda, hope_cuda, s4_cuda, s4d_cuda
 
 ROOT = Path(hope.__file__).parent.parent
 CU_FILES = sorted((ROOT / "ref" / "kernels").glob("*.cu"))
+CUDA = {"hope": hope_cuda, "s4": s4_cuda, "s4d": s4d_cuda}
 PLAIN = backend.plain()  # the whole suite runs without Numba
 
 
@@ -112,69 +113,122 @@ def machine(request, monkeypatch):
 def memory(machine, monkeypatch):
     """That machine's memory, guarded"""
     margins = Margins(machine)
-    monkeypatch.setattr(hope_cuda, "array_module", lambda x: margins)
+    for kernels in CUDA.values():
+        monkeypatch.setattr(kernels, "array_module", lambda x: margins)
     yield margins
     margins.check()
 
 
 # D, n, L: ones, even and odd, a last block that is full, one that is not, n above CHUNK
-SIZES = [(1, 1, 1), (3, 1, 2), (2, 8, 64), (4, 33, 130), (3, 7, 257), (2, 70, 151)]
+SIZES = [
+    (1, 1, 1),
+    (3, 1, 2),
+    (2, 5, 3),
+    (2, 8, 64),
+    (2, 3, 127),
+    (4, 33, 130),
+    (3, 7, 257),
+    (2, 70, 151),
+]
 DT = [1e-4, 0.1, 1.0, 30.0]
 
 
-def sampling_arguments(D, n, L, dt, dtype):
-    """dg, h, log_dt, L, J for real and complex h, for half of the nodes and all"""
-    rng, complex_dtype = np.random.default_rng(n), backend.complex_dtype(dtype)
+def complex_normal(rng, shape, dtype="complex128"):
+    return rng.standard_normal((*shape, 2)).view("complex128")[..., 0].astype(dtype)
+
+
+def log_dt_near(rng, D, dt):
+    """log_dt (D,), the first that of dt"""
     log_dt = np.log(dt) + 0.01 * rng.standard_normal(D)
     log_dt[0] = np.log(dt)
-    h, dg = (rng.standard_normal((D, N, 2)).view("complex128")[..., 0] for N in (n, L))
+    return log_dt
+
+
+def hope_sampling(D, n, L, dt, dtype):
+    """dg, h, log_dt, L, J for real and complex h, for half of the nodes and all"""
+    rng, complex_dtype = np.random.default_rng(n), backend.complex_dtype(dtype)
+    log_dt = log_dt_near(rng, D, dt)
+    h, dg = (complex_normal(rng, (D, N)) for N in (n, L))
     for J in sorted({L // 2 + 1, L}):
         few = dg[:, :J].astype(complex_dtype)
         yield few, h.astype(complex_dtype), log_dt.astype(dtype), L, J
         yield few, h.real.astype(dtype), log_dt.astype(dtype), L, J
 
 
-def ladder_arguments(D, n, L, dt, dtype):
+def hope_ladder(D, n, L, dt, dtype):
     """dk, h, log_dt, L"""
     rng = np.random.default_rng(n)
-    log_dt = np.log(dt) + 0.01 * rng.standard_normal(D)
+    log_dt = log_dt_near(rng, D, dt)
     dk, h = rng.standard_normal((D, L)), rng.standard_normal((D, n))
     return *(x.astype(dtype) for x in (dk, h, log_dt)), L
 
 
-def kernel_results(kernels, put, D, n, L, dt, dtype):
+def hope_results(kernels, put, D, n, L, dt, dtype):
     """Everything that a module like ref.kernels.hope gives, by name"""
     results = {}
-    for k, case in enumerate(sampling_arguments(D, n, L, dt, dtype)):
+    for k, case in enumerate(hope_sampling(D, n, L, dt, dtype)):
         arguments = [put(x) if isinstance(x, np.ndarray) else x for x in case]
         results[f"g {k}"] = kernels.sample_forward(*arguments[1:])
         dh, results[f"dlog_dt {k}"] = kernels.sample_backward(*arguments)
         results[f"dh {k}"] = dh if case[1].dtype.kind == "c" else dh.real
-    *arrays, L = ladder_arguments(D, n, L, dt, dtype)
+    *arrays, L = hope_ladder(D, n, L, dt, dtype)
     dk, h, log_dt = map(put, arrays)
     results["k"] = kernels.ladder_forward(h, log_dt, L)
     results["ladder dh"], results["ladder dlog_dt"] = kernels.ladder_backward(dk, h, log_dt, L)
     return results
 
 
+def poles(rng, D, n, dt, dtype):
+    """dt times n modes for each of D channels, of low and high frequency, one of them real"""
+    A = -0.5 * np.exp(rng.standard_normal((D, n))) + 3j * np.arange(n)
+    return (np.exp(log_dt_near(rng, D, dt))[:, None] * A).astype(dtype)
+
+
+def s4_results(kernels, put, D, n, L, dt, dtype):
+    """Everything that a module like ref.kernels.s4 gives, by name; the last of 7 sums goes alone"""
+    rng, results, dtype = np.random.default_rng(n), {}, backend.complex_dtype(dtype)
+    a = put(poles(rng, D, n, dt, dtype))
+    for S in (1, 4, 6, 7):
+        v, dR = (put(complex_normal(rng, (S, D, N), dtype)) for N in (n, L // 2 + 1))
+        results[f"R {S}"] = kernels.cauchy_forward(v, a, L)
+        results[f"dv {S}"], results[f"da {S}"] = kernels.cauchy_backward(dR, v, a, L)
+    return results
+
+
+def s4d_results(kernels, put, D, n, L, dt, dtype):
+    """Everything that a module like ref.kernels.s4d gives, by name"""
+    rng, results, complex_dtype = np.random.default_rng(n), {}, backend.complex_dtype(dtype)
+    z = put(poles(rng, D, n, dt, complex_dtype))
+    for d in (1, 2):
+        c = put(complex_normal(rng, (d, D, n), complex_dtype))
+        dk = put(rng.standard_normal((d, D, L)).astype(dtype))
+        results[f"k {d}"] = kernels.vandermonde_forward(c, z, L)
+        results[f"dc {d}"], results[f"dz {d}"] = kernels.vandermonde_backward(dk, c, z)
+    return results
+
+
+def kernel_results(model, kernels, put, *case):
+    results = {"hope": hope_results, "s4": s4_results, "s4d": s4d_results}[model]
+    return results(kernels, put, *case)
+
+
 class Readable:
-    """The readable forms of ref/hope.py with the signatures of ref/kernels/hope.py"""
+    """The readable forms of a model with the signatures of its kernels"""
 
-    @staticmethod
-    def sample_forward(*args):
-        return hope.sample_forward(*args)[0]
+    def __init__(self, model):
+        self.model = network.model_module(model)
 
-    @staticmethod
-    def sample_backward(dg, *args):
-        return hope.sample_backward(dg, hope.sample_forward(*args)[1])
+    def __getattr__(self, name):
+        pair, _, way = name.rpartition("_")
+        forward = getattr(self.model, f"{pair}_forward")
+        if way == "forward":
+            return lambda *args: forward(*args)[0]
 
-    @staticmethod
-    def ladder_forward(*args):
-        return hope.ladder_forward(*args)[0]
+        def gradients(dy, *args):
+            args = (*args, dy.shape[-1]) if pair == "vandermonde" else args
+            return getattr(self.model, name)(dy, forward(*args)[1])
 
-    @staticmethod
-    def ladder_backward(dk, *args):
-        return hope.ladder_backward(dk, hope.ladder_forward(*args)[1])
+        return gradients
 
 
 def compare(ours, theirs, tolerance, axis=None):
@@ -184,49 +238,70 @@ def compare(ours, theirs, tolerance, axis=None):
         assert error(ours[name], theirs[name], axis) < tolerance, name
 
 
-@pytest.mark.parametrize("dt", DT)
-@pytest.mark.parametrize("D, n, L", SIZES)
-def test_cuda_kernels_are_the_readable_form(memory, plain, D, n, L, dt):
+def at_every_size(test):
+    test = pytest.mark.parametrize("dt", DT)(test)
+    test = pytest.mark.parametrize("D, n, L", SIZES)(test)
+    return pytest.mark.parametrize("model", CUDA)(test)
+
+
+@at_every_size
+def test_cuda_kernels_are_the_readable_form(memory, plain, model, D, n, L, dt):
     case = D, n, L, dt, "float64"
-    expected = kernel_results(Readable, np.copy, *case)
-    compare(kernel_results(hope_cuda, memory.put, *case), expected, 1e-12, axis=-1)
+    expected = kernel_results(model, Readable(model), np.copy, *case)
+    compare(kernel_results(model, CUDA[model], memory.put, *case), expected, 1e-12, axis=-1)
 
 
 @pytest.mark.skipif(PLAIN, reason="REF_PLAIN asks for no Numba")
-@pytest.mark.parametrize("dt", DT)
-@pytest.mark.parametrize("D, n, L", SIZES)
-def test_cuda_kernels_are_the_numba_twins_in_float32(memory, D, n, L, dt):
+@at_every_size
+def test_cuda_kernels_are_the_numba_twins_in_float32(memory, model, D, n, L, dt):
+    case, twins = (D, n, L, dt, "float32"), importlib.import_module(f"ref.kernels.{model}")
+    expected = kernel_results(model, twins, np.copy, *case)
+    compare(kernel_results(model, CUDA[model], memory.put, *case), expected, 5e-6, axis=-1)
+
+
+@at_every_size
+def test_cuda_kernels_are_in_float64_inside(memory, plain, model, D, n, L, dt):
+    def wide(x):
+        return x.astype("complex128" if x.dtype.kind == "c" else "float64")
+
     case = D, n, L, dt, "float32"
-    expected = kernel_results(importlib.import_module("ref.kernels.hope"), np.copy, *case)
-    compare(kernel_results(hope_cuda, memory.put, *case), expected, 5e-6, axis=-1)
+    exact = kernel_results(model, Readable(model), wide, *case)
+    ours = kernel_results(model, CUDA[model], memory.put, *case)
+    assert ours.keys() == exact.keys()
+    for name in ours:  # what remains is the rounding of the result
+        assert error(ours[name], exact[name], axis=-1) < 2e-7, name
 
 
 @pytest.mark.parametrize("dtype", cuda.REAL)
-def test_cuda_kernels_take_strided_arrays_and_leave_them_as_they_are(memory, dtype):
+@pytest.mark.parametrize("model", CUDA)
+def test_cuda_kernels_take_strided_arrays_and_leave_them_as_they_are(memory, model, dtype):
     def strided(x):
         y = memory.put(np.repeat(x, 2, axis=-1))[..., ::2]
         given.append((x, y))
         return y
 
     case, given = (3, 5, 20, 0.1, dtype), []
-    result = kernel_results(hope_cuda, strided, *case)
-    compare(result, kernel_results(hope_cuda, memory.put, *case), 1e-30)
+    result = kernel_results(model, CUDA[model], strided, *case)
+    compare(result, kernel_results(model, CUDA[model], memory.put, *case), 1e-30)
     assert all((to_numpy(y) == x).all() for x, y in given)
 
 
 @pytest.mark.parametrize("dtype", cuda.REAL)
-def test_cuda_threads_share_nothing(memory, monkeypatch, dtype):
-    case = 3, 9, 200, 0.1, dtype
-    first = kernel_results(hope_cuda, memory.put, *case)
+@pytest.mark.parametrize("model", CUDA)
+def test_cuda_threads_share_nothing(memory, monkeypatch, model, dtype):
+    case = model, CUDA[model], memory.put, 3, 9, 200, 0.1, dtype
+    first = kernel_results(*case)
     monkeypatch.setattr(cuda_shim.RawModule, "reverse", True)  # on a GPU this is the second run
-    compare(first, kernel_results(hope_cuda, memory.put, *case), 1e-30)
+    compare(first, kernel_results(*case), 1e-30)
 
 
 def test_every_kernel_is_among_those_compared(machine, monkeypatch):
     if machine is not strict:
         pytest.skip("launches are counted where the kernels run as C++")
     monkeypatch.setattr(cuda_shim.RawModule, "launched", set())
-    kernel_results(hope_cuda, strict.asarray, 1, 1, 1, 1.0, "float32")
+    for model in CUDA:
+        kernel_results(model, CUDA[model], strict.asarray, 1, 1, 1, 1.0, "float32")
+    assert CUDA.keys() == {path.stem for path in CU_FILES}
     every = {name for path in CU_FILES for name in cuda_shim.kernels(cuda.source(path.stem))}
     assert every == cuda_shim.RawModule.launched
 
@@ -267,7 +342,8 @@ def test_cuda_source_is_what_nvrtc_takes_from_cupy(path):
 
 
 def test_kernel_modules_do_not_import_cupy():
-    code = "import ref.kernels.hope_cuda, sys; sys.exit('cupy' in sys.modules)"
+    names = ", ".join(kernels.__name__ for kernels in CUDA.values())
+    code = f"import {names}, sys; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -275,7 +351,7 @@ def test_twins_of_cupy_arrays(monkeypatch):
     monkeypatch.delenv("REF_PLAIN", raising=False)
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     x = type("ndarray", (), {"__module__": "cupy"})()
-    assert backend.twins("hope", x) is hope_cuda
+    assert {model: backend.twins(model, x) for model in CUDA} == CUDA
     assert backend.twins("nn", x) is None  # there are no kernels: the readable form
     monkeypatch.setenv("REF_PLAIN", "1")
     assert backend.twins("hope", x) is None
@@ -436,6 +512,8 @@ def test_the_error_function_exists():
         lambda x, h: x.get(),
         lambda x, h: x.tolist(),
         lambda x, h: strict.fft.irfft(x + 1j, 4, 0),
+        lambda x, h: strict.linalg.solve(strict.eye(3), strict.ones((2, 3, 1))),
+        lambda x, h: strict.linalg.eig(strict.eye(3)),
     ],
 )
 def test_strict_arrays_refuse(use):
@@ -530,44 +608,40 @@ def test_no_layer_is_left_out():
 
 
 DROPOUT, PRENORM = {"dropout": 0.2}, {"prenorm": True}
+BATCH, RMS = {"norm": "batch"}, {"norm": "rms"}
 CAUSAL, BOTH = {"conv": "causal"}, {"bidirectional": True}
 PUBLISHED, REAL = BOTH | {"layout": "published"}, {"markov": "real"}
+BILINEAR, LAST, MATCH = {"discretization": "bilinear"}, {"decoder": "last"}, {"decoder": "match"}
+LM = {"decoder": "lm", "tied": True}
 # model, options of its layer, options of the network. No batch norm upon batch norm: the second's
 # mean is rounding, in which no two computations agree.
 STEPS = [
     ("hope", DROPOUT, {}),
-    ("hope", REAL | PRENORM | {"norm": "rms"}, {"tokens": False}),
-    (
-        "hope",
-        PRENORM | {"norm": "batch", "convention": "lra"},
-        {"decoder": "last", "final_norm": True},
-    ),
-    ("hope", BOTH | DROPOUT | {"norm": "batch"}, {"decoder": "last"}),
+    ("hope", REAL | PRENORM | RMS, {"tokens": False}),
+    ("hope", PRENORM | BATCH | {"convention": "lra"}, LAST | {"final_norm": True}),
+    ("hope", BOTH | DROPOUT | BATCH, LAST),
     ("hope", BOTH | REAL, {"tokens": False, "final_norm": True}),
-    ("hope", PUBLISHED | {"norm": "rms"}, {"final_norm": True}),
+    ("hope", PUBLISHED | RMS, MATCH | {"final_norm": True}),
     ("hope", PUBLISHED | REAL | {"train_markov": False}, {}),
-    ("hope", CAUSAL | PRENORM | DROPOUT, {"decoder": "lm", "tied": True}),
-    ("hope", CAUSAL | REAL | PRENORM | {"norm": "batch"}, {"decoder": "lm", "final_norm": True}),
+    ("hope", CAUSAL | PRENORM | DROPOUT, LM),
+    ("hope", CAUSAL | REAL | PRENORM | BATCH, {"decoder": "lm", "final_norm": True}),
     ("hope", {"conv": "identity"}, {"decoder": "lm", "tokens": False}),
+    ("s4", DROPOUT | BATCH, MATCH | {"pool_from": 1, "positions": 12}),
+    ("s4", BOTH | PRENORM | {"l_max": 16}, LAST | {"tokens": False}),
+    ("s4", PRENORM | RMS | {"l_max": 10}, LM | {"positions": 10, "final_norm": True}),
+    ("s4", BOTH | BATCH | {"l_max": 11}, {"pool_from": 2}),
+    ("s4d", DROPOUT | {"init": "inv"}, MATCH | {"pool_from": 1, "positions": 12}),
+    ("s4d", BOTH | BILINEAR | BATCH | {"init": "legs"}, LAST | {"tokens": False}),
+    ("s4d", PRENORM | RMS, LM | {"positions": 10, "final_norm": True}),
+    ("s4d", BOTH | PRENORM | DROPOUT, {"pool_from": 2}),
+    ("s4d", BILINEAR | {"init": "random"}, MATCH),
+    ("transformer", DROPOUT, LM | {"positions": 12, "final_norm": True}),
+    ("transformer", BOTH, MATCH | {"pool_from": 1}),
+    ("transformer", {}, LAST | {"tokens": False}),
+    ("transformer", BOTH | DROPOUT | {"block": 100}, {}),
 ]
-
-
-def step_id(value):
-    return ",".join(map(str, value.values())) if isinstance(value, dict) else value
-
-
-def configuration(model, layer, net):
-    small = {"d_model": 6, "d_state": 8, "dt_min": 0.05}
-    layer = network.model_module(model).Config(**small | layer)
-    return network.Config(model, layer, n_layers=2, d_input=9, d_output=9, **net)
-
-
-def test_no_option_is_left_out():
-    configs = [configuration(*step) for step in STEPS]
-    assert {cfg.model for cfg in configs} == set(network.MODELS)
-    assert {cfg.decoder for cfg in configs} == set(network.DECODERS)
-    layers = [cfg.layer for cfg in configs if cfg.model == "hope"]
-    for option, values in {
+CHOICES = {  # what is to occur among them
+    "hope": {
         "conv": {"circular", "causal", "identity"},
         "norm": set(block.NORMS),
         "layout": {"paper", "published"},
@@ -576,8 +650,46 @@ def test_no_option_is_left_out():
         "bidirectional": {False, True},
         "prenorm": {False, True},
         "train_markov": {False, True},
-    }.items():
-        assert {getattr(layer, option) for layer in layers} == values
+    },
+    "s4": {
+        "norm": set(block.NORMS),
+        "bidirectional": {False, True},
+        "prenorm": {False, True},
+        "l_max": {0, 10, 11, 16},  # none, as long as the sequence, odd and longer, even and longer
+    },
+    "s4d": {
+        "init": {"lin", "inv", "legs", "random"},
+        "discretization": {"zoh", "bilinear"},
+        "norm": set(block.NORMS),
+        "bidirectional": {False, True},
+        "prenorm": {False, True},
+    },
+    "transformer": {"bidirectional": {False, True}, "block": {4, 100}},
+}
+
+
+def step_id(value):
+    return ",".join(map(str, value.values())) if isinstance(value, dict) else value
+
+
+def configuration(model, layer, net):
+    small = {"d_state": 8, "dt_min": 0.05}
+    if model == "transformer":
+        small = {"n_heads": 2, "block": 4, "context": 12}
+    layer = network.model_module(model).Config(d_model=6, **small | layer)
+    return network.Config(model, layer, n_layers=2, d_input=9, d_output=9, **net)
+
+
+def test_no_option_is_left_out():
+    configs = [configuration(*step) for step in STEPS]
+    assert CHOICES.keys() == set(network.MODELS)
+    for model, choices in CHOICES.items():
+        own = [cfg for cfg in configs if cfg.model == model]
+        assert {cfg.decoder for cfg in own} == set(network.DECODERS)
+        for option, values in choices.items():
+            assert {getattr(cfg.layer, option) for cfg in own} == values, (model, option)
+    for option in ("tokens", "tied", "final_norm", "positions", "pool_from"):
+        assert len({getattr(cfg, option) for cfg in configs}) > 1
 
 
 def train(cfg, xp, dtype, L=10):
@@ -591,10 +703,13 @@ def train(cfg, xp, dtype, L=10):
     moments = optim.adamw_init(params)
     rates = {"main": (0.01, 0.1), "ssm": (0.001, 0.1), "dt": (0.001,), "frozen": (0.0,)}
     groups = {name: optim.Group(*rates[g]) for name, g in network.groups(params, cfg).items()}
-    tokens, values = rng.integers(0, 9, (3, L), "uint8"), rng.standard_normal((3, L, 9))
+    B = 6 if cfg.decoder == "match" else 3
+    tokens, values = rng.integers(0, 9, (B, L), "uint8"), rng.standard_normal((B, L, 9))
     x = tokens if cfg.tokens else values.astype(dtype)
-    targets = rng.integers(-1, 9, (3, L) if cfg.decoder == "lm" else 3)
-    lengths = None if cfg.decoder == "lm" else put(np.array([1, L - 3, L]))
+    targets = rng.integers(-1, 9, {"lm": (B, L), "match": 3}.get(cfg.decoder, B))
+    shortest = cfg.pool_from + 1
+    lengths = np.array([shortest, L - 3, L, L, shortest + 1, shortest])[:B]
+    lengths = None if cfg.decoder == "lm" else put(lengths)
     x, targets = put(x), put(targets)
     for step in (1, 2):
         y, cache = network.forward(params, x, cfg, lengths, rng)
@@ -617,32 +732,68 @@ def train(cfg, xp, dtype, L=10):
     return results
 
 
+def looks(module, params, x, cfg):
+    """What is not part of training: the recurrent step, the operator as kernel, as matrix and as
+    system, published names"""
+    results = {}
+    if cfg.causal and getattr(cfg, "l_max", True):
+        state = module.state(params, cfg, 2)
+        for t in range(4):
+            results[f"y {t}"], state = module.step(params, x[:, t], state, cfg)
+        results |= {f"state {name}": s for name, s in state.items()}
+    if getattr(cfg, "conv", None) == "identity":
+        return results
+    results["matrix"] = module.matrix(params, cfg, x, L=4)
+    if "D" in params:
+        results["kernel"] = module.impulse_response(params, cfg, 4)
+        results["hankel"] = module.hankel_values(params, cfg)
+    if module is s4:
+        results["cut"], results["whole"] = s4.truncated(params, 9), s4.output_matrix(params, 9)
+    if getattr(cfg, "l_max", 0):
+        twice, doubled = s4.double_length(params, cfg)
+        results["twice"] = s4.impulse_response(twice, doubled, 4)
+        for form in ("dense", "diagonal"):
+            system = s4.recurrence(params, cfg, form)
+            h = backend.array_module(x).zeros((2, 6, 8), dtype="complex128")
+            for t in range(2):
+                results[f"{form} {t}"], h = s4.recurrence_step(system, x[:, t], h)
+    published = module.to_published(params, cfg, "block")
+    if module is s4:
+        buffers = s4.published_buffers(cfg, "block").items()
+        published |= {name: backend.to_device(b, backend.array_module(x)) for name, b in buffers}
+    return results | module.from_published(published, cfg, "block")
+
+
 @pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
 def test_decoding_and_looking(xp, plain, model, layer, net):
-    """What is not part of training: the recurrent step, the operator as kernel and as matrix"""
-    cfg = configuration(model, layer, net).layer
-    module = network.model_module(model)
+    cfg, module = configuration(model, layer, net).layer, network.model_module(model)
     params = module.block_init(cfg, np.random.default_rng(4), "float64")
-    x = np.random.default_rng(5).standard_normal((2, 4, cfg.d_model))
+    x = np.random.default_rng(5).standard_normal((2, 4, 6))
 
     def run(xp):
-        p, y = (
-            {name: backend.to_device(v, xp) for name, v in params.items()},
-            backend.to_device(x, xp),
-        )
-        results = {}
-        if cfg.causal:
-            state = module.state(p, cfg, 2)
-            for t in range(4):
-                results[f"y {t}"], state = module.step(p, y[:, t], state, cfg)
-            results |= state
-        if cfg.conv != "identity":
-            results["matrix"] = module.matrix(p, cfg, L=4)
-            results["singular values"] = hope.hankel_singular_values(p["H"][:, :3])
-            published = module.to_published(p, cfg, "block")
-            results |= module.from_published(published, cfg, "block")
+        own = {name: backend.to_device(p, xp) for name, p in params.items()}
+        results = looks(module, own, backend.to_device(x, xp), cfg)
         assert all(array.__class__.__module__ == xp.__name__ for array in results.values())
         return results
+
+    compare(run(xp), run(np), 1e-12 if xp is strict else 1e-9)
+
+
+@pytest.mark.parametrize("part", ["operator", "mixer", "block"])
+@pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
+def test_parts(xp, plain, model, layer, net, part):
+    """Each pair called alone, at an odd length where there is one"""
+    cfg, module = configuration(model, layer, net).layer, network.model_module(model)
+    params = getattr(module, f"{part}_init")(cfg, np.random.default_rng(4), "float64")
+    L = 6 if getattr(cfg, "layout", "") == "published" else 7
+    x, dy = np.random.default_rng(5).standard_normal((2, 3, L, 6))
+
+    def run(xp):
+        own = {name: backend.to_device(p, xp) for name, p in params.items()}
+        rng = () if part == "operator" else (np.random.default_rng(6),)
+        y, cache = getattr(module, f"{part}_forward")(own, backend.to_device(x, xp), cfg, *rng)
+        dx, grads = getattr(module, f"{part}_backward")(backend.to_device(dy, xp), cache)
+        return {"y": y, "dx": dx} | grads
 
     compare(run(xp), run(np), 1e-12 if xp is strict else 1e-9)
 
@@ -663,9 +814,9 @@ def test_training_step_stays_in_float32(xp, plain, model, layer, net):
     assert [name for name in wrong if not name.endswith("norm")] == []
 
 
-@pytest.mark.parametrize("model, layer, net", STEPS, ids=step_id)
+@pytest.mark.parametrize("model, layer, net", [s for s in STEPS if s[0] in CUDA], ids=step_id)
 def test_training_step_with_cuda_kernels(machine, plain, monkeypatch, model, layer, net):
     cfg = configuration(model, layer, net)
     expected = train(cfg, np, "float64")
-    monkeypatch.setattr(hope, "twins", lambda model, x: hope_cuda)
+    monkeypatch.setattr(network.model_module(model), "twins", lambda model, x: CUDA[model])
     compare(train(cfg, machine, "float64"), expected, 1e-12 if machine is strict else 1e-9)

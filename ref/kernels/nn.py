@@ -15,6 +15,7 @@ from ref.kernels.numeric import exp, normal_cdf
 
 PIECE = 4096  # elements of a flat array, or
 ROWS = 256  # rows of (..., D) in one thread's hands
+C, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
 
 
 def _launch(kernel, *arrays):
@@ -59,6 +60,99 @@ def _gelu_backward(dy, x, dx):
         for i in range(piece * PIECE, min(len(x), (piece + 1) * PIECE)):
             e = exp(-half * x[i] * x[i])
             dx[i] = dy[i] * (normal_cdf(x[i], e) + x[i] * (scale * e))
+
+
+def gelu_tanh_forward(x):
+    """See ref.nn.gelu_tanh_forward"""
+    y = empty(x.shape, x.dtype)
+    _launch(_gelu_tanh_forward, _flat(x), y.reshape(-1))
+    return y
+
+
+# (1 + tanh(u)) / 2 is the sigmoid of 2u, which needs one exp and loses nothing for large -u.
+
+
+@njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _gelu_tanh_forward(x, y):
+    one, c, cubic = x.dtype.type(1), x.dtype.type(-2 * C), x.dtype.type(CUBIC)
+    for piece in prange((len(x) + PIECE - 1) // PIECE):
+        for i in range(piece * PIECE, min(len(x), (piece + 1) * PIECE)):
+            y[i] = x[i] / (one + exp(c * x[i] * (one + cubic * x[i] * x[i])))
+
+
+def gelu_tanh_backward(dy, x):
+    """See ref.nn.gelu_tanh_backward"""
+    dx = empty(x.shape, x.dtype)
+    _launch(_gelu_tanh_backward, _flat(dy), _flat(x), dx.reshape(-1))
+    return dx
+
+
+@njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _gelu_tanh_backward(dy, x, dx):
+    one, c, cubic = x.dtype.type(1), x.dtype.type(2 * C), x.dtype.type(CUBIC)
+    three = x.dtype.type(3 * CUBIC)
+    for piece in prange((len(x) + PIECE - 1) // PIECE):
+        for i in range(piece * PIECE, min(len(x), (piece + 1) * PIECE)):
+            square = x[i] * x[i]
+            s = one / (one + exp(-c * x[i] * (one + cubic * square)))
+            dx[i] = dy[i] * (s + s * (one - s) * (c * x[i] * (one + three * square)))
+
+
+def layer_norm_forward(x, weight, bias, eps):
+    """-> y, mean, r (..., 1): see ref.nn.layer_norm_forward"""
+    y, (mean, r) = empty(x.shape, x.dtype), np.empty((2, *x.shape[:-1], 1), x.dtype)
+    arrays = _rows(x), weight, bias, x.dtype.type(eps), y.reshape(-1, x.shape[-1])
+    _launch(_layer_norm_forward, *arrays, mean.reshape(-1), r.reshape(-1))
+    return y, mean, r
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def _layer_norm_forward(x, weight, bias, eps, y, mean, r):
+    R, D = x.shape
+    for piece in prange((R + ROWS - 1) // ROWS):
+        for row in range(piece * ROWS, min(R, (piece + 1) * ROWS)):
+            total, square = x.dtype.type(0), x.dtype.type(0)
+            for d in range(D):
+                total += x[row, d]
+            m = total / x.dtype.type(D)
+            for d in range(D):
+                square += (x[row, d] - m) * (x[row, d] - m)
+            s = x.dtype.type(1) / math.sqrt(square / x.dtype.type(D) + eps)
+            for d in range(D):
+                y[row, d] = weight[d] * ((x[row, d] - m) * s) + bias[d]
+            mean[row], r[row] = m, s
+
+
+def layer_norm_backward(dy, x, mean, r, weight):
+    """-> dx, dweight, dbias: see ref.nn.layer_norm_backward"""
+    dx, rows = empty(x.shape, x.dtype), _rows(dy)
+    sums = np.empty((-(-len(rows) // ROWS), 2, x.shape[-1]))
+    arrays = rows, _rows(x), mean.reshape(-1), r.reshape(-1), weight
+    _launch(_layer_norm_backward, *arrays, dx.reshape(-1, x.shape[-1]), sums)
+    dweight, dbias = sums.sum(axis=0).astype(x.dtype)
+    return dx, dweight, dbias
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def _layer_norm_backward(dy, x, mean, r, weight, dx, sums):
+    R, D = x.shape
+    for piece in prange(len(sums)):
+        dweight, dbias = np.zeros(D, x.dtype), np.zeros(D, x.dtype)
+        for row in range(piece * ROWS, min(R, (piece + 1) * ROWS)):
+            m, s = mean[row], r[row]
+            total, along = x.dtype.type(0), x.dtype.type(0)
+            for d in range(D):
+                xhat, g = (x[row, d] - m) * s, weight[d] * dy[row, d]
+                total += g
+                along += g * xhat
+                dweight[d] += dy[row, d] * xhat
+                dbias[d] += dy[row, d]
+            total, along = total / x.dtype.type(D), along / x.dtype.type(D)
+            for d in range(D):
+                xhat = (x[row, d] - m) * s
+                dx[row, d] = s * (weight[d] * dy[row, d] - total - xhat * along)
+        for d in range(D):
+            sums[piece, 0, d], sums[piece, 1, d] = dweight[d], dbias[d]
 
 
 def glu_forward(a):
