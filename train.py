@@ -56,8 +56,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
     params = {name: backend.to_device(p, xp) for name, p in params.items()}
     moments = {name: backend.to_device(p, xp) for name, p in moments.items()}
     if eval_only:
-        test = evaluate(params, cfg, data.test, data, recipe.batch_size)
-        return report(test, data, state)
+        test = evaluate(params, cfg, data.test, data, recipe)
+        return report(test, data, recipe, state)
 
     if resume:
         remove_leftovers(out)
@@ -73,9 +73,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
             done = step >= total or (step > 0 and budget.spent(seconds))
             if step and (step % recipe.eval_every == 0 or done) and log.evaluated < step:
                 progress.evaluating()
-                loss, accuracy = evaluate(
-                    params, cfg, data.valid, data, recipe.batch_size, interrupt
-                )
+                loss, accuracy = evaluate(params, cfg, data.valid, data, recipe, interrupt)
                 if not interrupt.asked:
                     scores = {"valid_loss": loss, "valid_accuracy": accuracy}
                     log.write(step=step, **scores, seconds=round(seconds, 2))
@@ -121,12 +119,12 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
             progress.update(step, total, *log.running())
 
         progress.evaluating()
-        test = evaluate(params, cfg, data.test, data, recipe.batch_size, interrupt)
+        test = evaluate(params, cfg, data.test, data, recipe, interrupt)
 
     if interrupt.asked:
         print(f"Stopped after step {step}; everything is saved. To go on:\n    {resume_command}")
         return None
-    result = report(test, data, state)
+    result = report(test, data, recipe, state)
     write_json(out / "result.json", result)
     draw_curves(out)
     if step < total < math.inf:
@@ -189,11 +187,12 @@ def planned_steps(recipe, data):
     return math.ceil(recipe.epochs * per_epoch) if recipe.epochs else math.inf
 
 
-def evaluate(params, cfg, split, data, batch_size, interrupt=None):
-    """-> mean loss in nats and accuracy over a split.   Error: the loss is not finite"""
+def evaluate(params, cfg, split, data, recipe, interrupt=None):
+    """-> mean loss in nats and accuracy over a split, or over eval_samples samples of it.
+    Error: the loss is not finite"""
     loss = correct = 0.0
     xp = backend.array_module(params["encoder.weight"])
-    for batch in data_sets.eval_batches(split, data, batch_size):
+    for batch in data_sets.eval_batches(split, data, recipe.batch_size, recipe.eval_samples):
         if interrupt is not None and interrupt.asked:
             break
         x, targets, lengths = (backend.to_device(a, xp) for a in batch)
@@ -203,10 +202,16 @@ def evaluate(params, cfg, split, data, batch_size, interrupt=None):
         correct += backend.item((logits.argmax(axis=-1) == targets).sum())
     if not math.isfinite(loss):
         raise Error(f"the loss in the evaluation is {loss}. {runs.DIVERGED}")
-    return loss / len(split), correct / len(split)
+    count = evaluated(split, recipe)
+    return loss / count, correct / count
 
 
-def report(test, data, state):
+def evaluated(split, recipe):
+    """The number of samples that an evaluation looks at"""
+    return min(recipe.eval_samples or len(split), len(split))
+
+
+def report(test, data, recipe, state):
     """Print the scores on the test split beside the trivial baselines; -> what result.json says"""
     loss, accuracy = test
     step, seconds = state["step"], state["seconds"]
@@ -215,10 +220,13 @@ def report(test, data, state):
         f"test accuracy {accuracy:.4f}, loss {loss:.4f}, "
         f"after {step} of {planned} steps in {seconds / 60:.1f} minutes"
     )
+    if (count := evaluated(data.test, recipe)) < len(data.test):
+        print(f"    on {count:,} of the {len(data.test):,} test samples (--eval-samples)")
     for name, value in data.baselines.items():
         print(f"    {name}: {value:.4f}")
     result = {"test_accuracy": accuracy, "test_loss": loss, "baselines": data.baselines}
-    return result | {"step": step, "steps": planned, "seconds": round(seconds, 1)}
+    result |= {"step": step, "steps": planned, "seconds": round(seconds, 1)}
+    return result | {"test_samples": count}
 
 
 def describe(settings, params, cfg, recipe, data, total, xp):

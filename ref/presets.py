@@ -63,6 +63,7 @@ class Recipe:
     warmup: int = _field(200, "Steps of linear warm-up before the cosine.")
     clip: float = _field(1.0, "Largest norm of the whole gradient; 0: no clipping.")
     eval_every: int = _field(500, "Steps between evaluations on the validation split.")
+    eval_samples: int = _field(0, "Samples that an evaluation looks at; 0: the whole split.")
     log_every: int = _field(10, "Steps between lines of metrics.jsonl.")
     save_every: int = _field(0, "Steps between checkpoints; 0: every 30 seconds.")
 
@@ -79,6 +80,7 @@ class Recipe:
             "ssm_weight_decay",
             "dt_lr",
             "clip",
+            "eval_samples",
             "save_every",
         ):
             if not getattr(self, name) >= 0:
