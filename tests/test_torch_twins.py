@@ -1,0 +1,183 @@
+"""The models against tests/torch_twins.py: mixers and kernels, outputs and every gradient."""
+
+import numpy as np
+import pytest
+
+from ref import Error, backend, bench, hope, s4, s4d
+
+torch = pytest.importorskip("torch", reason="torch is not installed (the extra `peers`)")
+import torch_twins as twins  # noqa: E402
+
+SHAPES = [(1, 1), (2, 2), (3, 7), (2, 24), (1, 127), (2, 130)]
+LAYERS = [
+    (hope, dict()),
+    (s4d, dict()),
+    (s4d, dict(bidirectional=True)),
+    (s4d, dict(discretization="bilinear")),
+    (s4d, dict(discretization="bilinear", bidirectional=True, init="legs")),
+    (s4, dict()),
+    (s4, dict(bidirectional=True)),
+]
+EACH = pytest.mark.parametrize("module, settings", LAYERS, ids=str)
+FORMS = {hope: [None], s4d: list(twins.S4D_FORMS), s4: list(twins.S4_FORMS)}
+KERNEL = {  # the parameters that a kernel is a function of
+    s4d: ("C", "log_dt", "log_A_real", "A_imag"),
+    s4: ("C", "B", "P", "A_real", "A_imag", "log_dt"),
+}
+
+# What float32 reaches against the float64 result, over all outputs and gradients; ours, float64
+# inside, stays below 2e-6. PyTorch's complex64 rounds the phases l Im z and the angles of (2)
+# before it takes their exponential, so that errors grow with L: measured 1.2e-5 for S4D, 1.3e-4
+# where the bilinear map leaves fast modes that hardly decay, 8e-6 for S4, 4.3e-4 for HOPE at
+# dt = 1e-4; at small sizes 9e-6, and 5e-5 in S4's gradient of log dt, a difference of larger terms.
+OURS = 2e-6
+TORCH_SMALL = {"hope": 2e-5, "s4d": 1e-5, "s4": 1e-4}
+TORCH_LONG = {"hope": 1e-3, "s4d": 3e-5, "s4d bilinear": 3e-4, "s4": 2e-5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """PyTorch's waiting threads would spin against ours"""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def problem(module, settings, B, L, D, N):
+    """cfg, params, x and dy (B, L, D), dk (d, D, L), float64; no parameter has a special value"""
+    rng = np.random.default_rng([B, L, D])
+    cfg = module.Config(d_model=D, d_state=N, **settings)
+    params = module.mixer_init(cfg, rng, "float64")
+    if N < 64:
+        params = {n: p + 0.1 * rng.standard_normal(p.shape) for n, p in params.items()}
+    x, dy = rng.standard_normal((2, B, L, D))
+    return cfg, params, x, dy, rng.standard_normal((2 if cfg.bidirectional else 1, D, L))
+
+
+def rounded(cfg, params, *arrays, dtype):
+    """The same problem in another precision"""
+    params = {n: p.astype(dtype) for n, p in params.items()}
+    return cfg, params, *(a.astype(dtype) for a in arrays)
+
+
+def ours(module, cfg, params, x, dy, dk):
+    """-> y, dx, kernel and the gradients of mixer and kernel by name"""
+    y, cache = module.mixer_forward(params, x, cfg)
+    dx, grads = module.mixer_backward(dy, cache)
+    found, L = {"y": y, "dx": dx} | grads, x.shape[1]
+    if module is hope:
+        h = params["H"].view(f"c{2 * params['H'].itemsize}")[..., 0]
+        g, cache = hope.sample_forward(h, params["log_dt"], L, L)
+        dh, dlog_dt = hope.sample_backward(turned(dk[0], h), cache)
+        return found | {"g": g, "g h": dh, "g log_dt": dlog_dt}
+    k, cache = module.kernel_forward(params, L, cfg)
+    grads = module.kernel_backward(dk, cache)
+    return found | {"k": k} | {f"k {n}": grads[n] for n in KERNEL[module]}
+
+
+def theirs(module, cfg, params, x, dy, dk, form):
+    """The same by PyTorch's autograd"""
+    p = {n: torch.from_numpy(a.copy()).requires_grad_() for n, a in params.items()}
+    x, dy = (torch.from_numpy(a).mT.contiguous() for a in (x, dy))
+    model, L = module.__name__.removeprefix("ref."), x.shape[2]
+    more = {} if module is hope else {"form": form}
+    more |= {"discretization": cfg.discretization} if module is s4d else {}
+    y = getattr(twins, f"{model}_mixer")(p, x.requires_grad_(), **more)
+    dx, *grads = torch.autograd.grad(y, (x, *p.values()), dy)
+    found = {"y": y.mT, "dx": dx.mT} | dict(zip(p, grads, strict=True))
+    if module is hope:
+        inputs = {"h": torch.view_as_complex(p["H"]), "log_dt": p["log_dt"]}
+        name, k = "g", twins.hope_sampling(*inputs.values(), L)
+        dk = turned(dk[0], k.detach().numpy())
+    else:
+        inputs = {n: p[n] for n in KERNEL[module]}
+        name, k = "k", getattr(twins, f"{model}_kernel")(p, L, **more)
+    grads = torch.autograd.grad(k, tuple(inputs.values()), torch.from_numpy(dk))
+    found |= {name: k} | {f"{name} {n}": g for n, g in zip(inputs, grads, strict=True)}
+    return {name: t.detach().numpy() for name, t in found.items()}
+
+
+def turned(dk, like):
+    """dk with some complex phase, in the precision of `like`"""
+    return (dk * np.exp(1j * np.arange(dk.shape[-1]))).astype(like.dtype)
+
+
+def compare(results, expected, bound):
+    assert results.keys() == expected.keys()
+    for name, values in results.items():
+        exact = expected[name]
+        assert values.shape == exact.shape, name
+        scale = max(1e-3, np.abs(exact).max())  # some gradients are 0 but for rounding
+        assert np.abs(values - exact).max() < bound * scale, name
+
+
+@EACH
+@pytest.mark.parametrize("B, L", SHAPES)
+def test_float64(module, settings, B, L):
+    # nineteen channels: a full block of the recomputed forms and a part of one
+    case = problem(module, settings, B, L, 19, 6)
+    for form in FORMS[module]:
+        compare(ours(module, *case), theirs(module, *case, form), 1e-11)
+
+
+@EACH
+def test_float64_long(module, settings):
+    case = problem(module, settings, 2, 2048, 16, 64)
+    for form in FORMS[module]:
+        compare(ours(module, *case), theirs(module, *case, form), 1e-11)
+
+
+@EACH
+@pytest.mark.parametrize("B, L", SHAPES[2:])
+def test_float32(module, settings, B, L):
+    case = rounded(*problem(module, settings, B, L, 19, 6), dtype="float32")
+    against_float64(module, case, TORCH_SMALL)
+
+
+@EACH
+def test_float32_long(module, settings):
+    case = rounded(*problem(module, settings, 2, 2048, 16, 64), dtype="float32")
+    against_float64(module, case, TORCH_LONG)
+
+
+def against_float64(module, case, bounds):
+    """Both, in float32, against PyTorch's float64 result for the same float32 input"""
+    name = module.__name__.removeprefix("ref.")
+    if getattr(case[0], "discretization", "") == "bilinear":
+        name = f"{name} bilinear" if f"{name} bilinear" in bounds else name
+    exact = theirs(module, *rounded(*case, dtype="float64"), FORMS[module][0])
+    readable_hope = module is hope and backend.plain()  # it rounds angles, as PyTorch's does
+    compare(ours(module, *case), exact, bounds[name] if readable_hope else OURS)
+    for form in FORMS[module]:
+        compare(theirs(module, *case, form), exact, bounds[name])
+
+
+@pytest.mark.parametrize("model", bench.BENCHES)
+def test_every_candidate_of_the_bench_runs(model):
+    for make in bench.BENCHES[model].values():
+        ours, theirs = make(np, "torch", small=True)
+        for call in (ours | theirs).values():
+            call()
+        assert make(np, None, small=True)[0].keys() == ours.keys()
+
+
+def test_the_base_is_the_fastest_of_theirs(monkeypatch, capsys):
+    seconds = {"slow": 4.0, "fast": 2.0, "ours": 1.0}
+    makes = {"title": lambda xp, against: ({"ours": None}, {"slow": None, "fast": None})}
+    monkeypatch.setitem(bench.BENCHES, "made", makes)
+    monkeypatch.setattr(
+        bench, "interleaved", lambda calls, rounds, xp: {n: [seconds[n]] for n in calls}
+    )
+    monkeypatch.setattr(bench, "peak", lambda make, name, against: seconds[name] * 2**20)
+    bench.run(["made"], "torch")
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert "time x 2.000, memory x 2.000" in rows[0] and rows[1].endswith("the base of the ratios")
+    assert "time x 0.500, memory x 0.500" in rows[2]
+
+
+def test_without_the_tests_folder_the_bench_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "PEERS", tmp_path / "torch_twins.py")
+    bench._twins.cache_clear()
+    with pytest.raises(Error, match="checkout of the repository"):
+        bench.run(["s4"], "torch")
