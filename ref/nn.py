@@ -61,18 +61,22 @@ def embedding_backward(dy, cache):
 
 
 def layer_norm_forward(x, weight, bias):
-    """x (..., D) -> y = weight x̂ + bias,  x̂ = (x - mean) / sqrt(var + eps) over D"""
-    xp = array_module(x)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    r = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + EPS)
-    xhat = centred * r
-    return weight * xhat + bias, (xhat, r, weight)
+    """x (..., D) -> y = weight x̂ + bias,  x̂ = (x - mean) r,  r = 1 / sqrt(var + eps) over D"""
+    if twin := twins("nn", x):
+        y, mean, r = twin.layer_norm_forward(x, weight, bias, EPS)
+        return y, (x, mean, r, weight)
+    mean = x.mean(axis=-1, keepdims=True)
+    centred = x - mean
+    r = 1 / array_module(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + EPS)
+    return weight * (centred * r) + bias, (x, mean, r, weight)
 
 
 def layer_norm_backward(dy, cache):
     """dy (..., D) -> dx, dweight, dbias.   dx = r (g - mean(g) - x̂ mean(g x̂)),  g = weight dy"""
-    xhat, r, weight = cache
-    g = dy * weight
+    x, mean, r, weight = cache
+    if twin := twins("nn", dy):
+        return twin.layer_norm_backward(dy, x, mean, r, weight)
+    xhat, g = (x - mean) * r, dy * weight
     dx = r * (g - g.mean(axis=-1, keepdims=True) - xhat * (g * xhat).mean(axis=-1, keepdims=True))
     return dx, _sum_rows(dy * xhat), _sum_rows(dy)
 
@@ -167,16 +171,23 @@ def gelu_backward(dy, cache):
 
 def gelu_tanh_forward(x):
     """y = x (1 + t) / 2,  t = tanh(c (x + 0.044715 x³)),  c = sqrt(2/π)"""
-    xp = array_module(x)
-    t = xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
-    return 0.5 * x * (1 + t), (x, t)
+    if twin := twins("nn", x):
+        return twin.gelu_tanh_forward(x), (x,)
+    return 0.5 * x * (1 + _gelu_tanh(x)), (x,)
 
 
 def gelu_tanh_backward(dy, cache):
     """dx = dy ((1 + t)/2 + x (1 - t²) c (1 + 3·0.044715 x²) / 2)"""
-    x, t = cache
+    (x,) = cache
+    if twin := twins("nn", x):
+        return twin.gelu_tanh_backward(dy, x)
+    t = _gelu_tanh(x)
     slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
+
+
+def _gelu_tanh(x):
+    return array_module(x).tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def sigmoid(x):
