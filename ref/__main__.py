@@ -105,7 +105,9 @@ def case(model, part, output, precision, batch, length, seed, **settings):
     from ref.backend import check_choice
 
     check_choice("precision", precision, cases.PRECISIONS)
-    settings = {"d_model": 8, "d_state": 16} | _given(settings)
+    fields = network.model_module(model).Config.__dataclass_fields__
+    usual = {name: n for name, n in {"d_model": 8, "d_state": 16}.items() if name in fields}
+    settings = usual | _given(settings)
     made = cases.make_case(model, part, settings, batch, length, precision, seed)
     cases.write_case(output, made)
     print(f"{output}: {model} {part}, {precision}, {len(made.tensors)} tensors")

@@ -139,14 +139,14 @@ class Part:
         one_step = {"operator": "operator_step", "block": "step"}.get(self.part)
         if one_step is None:
             return {}
+        steps = []
         try:
             state = module.state(params, self.cfg, len(x))
-        except Error:
+            for t in range(x.shape[1]):
+                y_t, state = getattr(module, one_step)(params, x[:, t], state, self.cfg)
+                steps.append(y_t)
+        except Error:  # it is not causal, or x is longer than it can decode
             return {}
-        steps = []
-        for t in range(x.shape[1]):
-            y_t, state = getattr(module, one_step)(params, x[:, t], state, self.cfg)
-            steps.append(y_t)
         return {"out.y_steps": np.stack(steps, axis=1)}
 
     def _buffers(self):
@@ -401,7 +401,8 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
     _check_part(module, model, part)
     cfg = _free_config(head, module)
     if part == "network":
-        own = {n: getattr(cfg, n) for n in ("n_layers", "decoder", "tied", "final_norm")}
+        names = ("n_layers", "decoder", "tied", "final_norm", "positions", "pool_from")
+        own = {n: getattr(cfg, n) for n in names}
         head = dataclasses.replace(head, settings=settings | own)
     p = Part(model, part, cfg)
     if part == "init":
@@ -428,6 +429,7 @@ def _free_config(case, module):
     if case.part != "network":
         return layer
     own = {"n_layers": 2, "d_input": 11, "d_output": 5, "final_norm": layer.prenorm}
+    own["positions"] = getattr(layer, "context", 0)
     own |= {n: v for n, v in case.settings.items() if n not in layer_fields}
     return network.Config(case.model, layer, **own)
 

@@ -27,7 +27,7 @@ def _float_of_bits(_, bits):
 
 def exp(x):
     """e^x; float32 within 2e-7 relative where the result is a normal number"""
-    return math.exp(x)
+    return math.inf if x > 709 else math.exp(x)
 
 
 @overload(exp, inline="always")
