@@ -1,4 +1,4 @@
-"""Data sets: generated, or read from the files of their release, and cut into batches.
+"""Data sets: generated, or read from the files of their release, and made into batches.
 
 `load` gives a `Data`; `train_batches` and `eval_batches` give its batches. A sample's padded length
 follows from its own length alone and a batch holds samples of one padded length: what a network
@@ -8,12 +8,19 @@ A further data set is a further section below and one line in `LOADERS`.
 """
 
 import contextlib
+import dataclasses
+import functools
+import gzip
 import hashlib
 import json
+import math
 import os
+import re
 import sys
+import tarfile
+import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -27,18 +34,18 @@ class DataError(Error):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """N samples, one after the other."""
+    """N documents, one after the other: N samples, or N / 2 of two each (see Data.documents)."""
 
-    values: np.ndarray  # token ids (S,) uint8, uint16 or int32, or real values (S, C) float32
-    offsets: np.ndarray  # (N + 1,) int64; sample i is values[offsets[i] : offsets[i + 1]]
-    targets: np.ndarray  # (N,) int64
+    values: np.ndarray  # token ids (S,), unsigned; or numbers (S, C), uint8 or float32
+    offsets: np.ndarray  # (N + 1,) int64; document i is values[offsets[i] : offsets[i + 1]]
+    targets: np.ndarray  # (N,) int64, or (N / 2,)
 
     def __len__(self):
         return len(self.targets)
 
     @property
     def lengths(self):
-        """(N,) int64."""
+        """(N,) int64, of the documents."""
         return np.diff(self.offsets)
 
 
@@ -59,36 +66,73 @@ class Data:
     vocabulary: tuple  # token strings by id
     baselines: dict  # name -> test accuracy of a guess that needs no network
     source: str  # one sentence: how it was generated, or from which files it was read
+    documents: int = 1  # of every sample; two: sample i is documents 2 i and 2 i + 1
+    scale: tuple = ()  # per channel: a network's input is scale * value + shift
+    shift: tuple = ()
+    noise: int = 0  # steps of uniform noise from [0, 1) that follow each sample in a batch
+    pool_from: int = 0  # the first step that the classifier may pool
 
 
 class Batch(NamedTuple):
-    """B samples of one padded length L."""
+    """B samples of one padded length L; of two documents each: the B first ones, then the others"""
 
-    x: np.ndarray  # (B, L) int32 token ids, or (B, L, C) float32
+    x: np.ndarray  # (B, L) int32 token ids, or (B, L, C) float32; (2 B, ...) for two documents
     targets: np.ndarray  # (B,) int64
-    lengths: np.ndarray  # (B,) int64, without padding
+    lengths: np.ndarray  # (B,) int64, or (2 B,), without padding and with noise
 
 
-def load(name, data_dir=None, seed=0, progress=True):
+def load(name, data_dir=None, seed=0, progress=True, max_length=0, download=False):
     """The data set of that name (see NAMES).
 
     data_dir holds the release's files or takes the cache of generated data; by default it is
     $REF_DATA_DIR, else a folder in the user's cache. seed is the generator's. progress allows a bar
-    on a terminal.   Error: an unknown name, a bad file, a folder that cannot be written.
+    on a terminal. max_length cuts samples of text to so many tokens with <eos>; 0: as published.
+    download fetches missing files into data_dir, where a checksum is known (see DOWNLOADS).
+    Error: an unknown name, a missing or bad file, a folder that cannot be written, no network.
     """
     if name not in LOADERS:
         raise Error(f"There is no data set {name!r}; expected one of: {', '.join(NAMES)}.")
     if not 0 <= seed < 2**64:
         raise Error(f"The data seed is {seed}; expected an integer from 0 to 2**64 - 1.")
-    return LOADERS[name](_folder(data_dir), seed, progress)
+    if max_length and name not in TEXTS:
+        raise Error(f"max_length cuts text, but {name} has samples of one length; leave it at 0.")
+    if max_length < 0 or max_length == 1:
+        raise Error(
+            f"max_length is {max_length}; expected at least 2 (one token and <eos>), or 0 to leave "
+            "the samples as published."
+        )
+    data = LOADERS[name](_folder(data_dir), seed, progress, download)
+    return _cut_texts(data, max_length) if max_length else data
+
+
+def _cut_texts(data, most):
+    """Data whose documents have at most `most` tokens, <eos> included."""
+    cut = {"train": _cut_text(data.train, most), "test": _cut_text(data.test, most)}
+    cut["valid"] = cut["test"] if data.valid is data.test else _cut_text(data.valid, most)
+    longest = min(data.max_length, int(_padded(most, data.grid)))
+    source = f"{data.source}; samples cut to {most} tokens"
+    return dataclasses.replace(data, **cut, max_length=longest, source=source)
+
+
+def _cut_text(split, most):
+    """What is cut ends in <eos> all the same."""
+    lengths = np.minimum(split.lengths, most)
+    values = np.concatenate(
+        [split.values[a : a + n] for a, n in zip(split.offsets, lengths, strict=False)]
+    )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values[offsets[1:] - 1] = EOS
+    return Split(values, offsets, split.targets)
 
 
 # Batches
 
+EVALUATION_NOISE = 1  # beside a sample's place in its split: the seed of its noise
+
 
 def steps_per_epoch(data, batch_size):
     """Training batches in every epoch."""
-    return sum(max(len(b) // batch_size, 1) for b in _buckets(data.train, data.grid, batch_size))
+    return sum(max(len(b) // batch_size, 1) for b in _buckets(data.train, data, batch_size))
 
 
 def train_batches(data, batch_size, seed, start=0):
@@ -96,10 +140,10 @@ def train_batches(data, batch_size, seed, start=0):
 
     Batch number `step` is a function of (data, batch_size, seed, step) alone. Every epoch shuffles
     each bucket of one padded length and cuts it into full batches; what is left over sits it out,
-    but a bucket smaller than a batch gives one smaller batch. Then the batches are shuffled.
-    Error: batch_size below 1, seed or start below 0, an empty split.
+    but a bucket smaller than a batch gives one smaller batch. Then the batches are shuffled. Noise
+    is drawn anew for each.   Error: batch_size below 1, seed or start below 0, an empty split.
     """
-    buckets = _buckets(data.train, data.grid, batch_size)
+    buckets = _buckets(data.train, data, batch_size)
     if seed < 0 or start < 0:
         raise Error(f"Seed and step are {seed} and {start}; expected both to be at least 0.")
     return _train_batches(data, buckets, batch_size, seed, start)
@@ -113,17 +157,24 @@ def _train_batches(data, buckets, batch_size, seed, start):
         for bucket in buckets:
             shuffled, size = rng.permutation(bucket), min(batch_size, len(bucket))
             batches += np.split(shuffled[: len(bucket) // size * size], len(bucket) // size)
-        for i in rng.permutation(len(batches))[skip:]:
-            yield epoch, _batch(data.train, data, batches[i])
+        order = rng.permutation(len(batches))
+        for number in range(skip, len(order)):
+            # From 1 on: NumPy takes (seed, epoch, 0) for (seed, epoch), the generator above.
+            noise = np.random.default_rng([seed, epoch, 1 + number])
+            yield epoch, _batch(data.train, data, batches[order[number]], noise)
         epoch, skip = epoch + 1, 0
 
 
-def eval_batches(split, data, batch_size):
+def eval_batches(split, data, batch_size, most=0):
     """Iterator of batches that holds every sample of the split once, the shortest first.
 
-    Error: batch_size below 1, an empty split.
+    most > 0: no more than so many of them, always the same. A sample's noise follows from its place
+    in the split.   Error: batch_size below 1, an empty split.
     """
-    buckets = _buckets(split, data.grid, batch_size)
+    buckets = _buckets(split, data, batch_size)
+    if 0 < most < len(split):
+        chosen = np.random.default_rng(0).permutation(len(split))[:most]
+        buckets = [bucket[np.isin(bucket, chosen)] for bucket in buckets]
     return (
         _batch(split, data, bucket[i : i + batch_size])
         for bucket in buckets
@@ -131,13 +182,14 @@ def eval_batches(split, data, batch_size):
     )
 
 
-def _buckets(split, grid, batch_size):
+def _buckets(split, data, batch_size):
     """Indices of the samples of each padded length, in ascending order."""
     if batch_size < 1:
         raise Error(f"The batch size is {batch_size}; expected at least 1.")
     if len(split) == 0:
         raise Error("The split has no samples; expected at least one to make batches of.")
-    padded = _padded(split.lengths, grid)
+    longest = split.lengths.reshape(-1, data.documents).max(axis=1)
+    padded = _padded(longest + data.noise, data.grid)
     return [np.flatnonzero(padded == length) for length in np.unique(padded)]
 
 
@@ -145,14 +197,22 @@ def _padded(lengths, grid):
     return -(-lengths // grid) * grid
 
 
-def _batch(split, data, samples):
-    """The samples of these indices (B,), all of one padded length."""
-    starts = split.offsets[samples]
-    lengths = split.offsets[samples + 1] - starts
-    shape = (len(samples), _padded(lengths[0], data.grid), *split.values.shape[1:])
+def _batch(split, data, samples, noise=None):
+    """The samples of these indices (B,), all of one padded length; noise: its generator."""
+    rows = np.concatenate([samples * data.documents + i for i in range(data.documents)])
+    starts = split.offsets[rows]
+    own = split.offsets[rows + 1] - starts
+    lengths = own + data.noise
+    shape = (len(rows), _padded(lengths.max(), data.grid), *split.values.shape[1:])
     x = np.full(shape, data.pad, np.int32 if data.tokens else np.float32)
-    for row, start, length in zip(x, starts, lengths, strict=True):
+    for row, start, length in zip(x, starts, own, strict=True):
         row[:length] = split.values[start : start + length]
+        if data.scale:
+            row[:length] = row[:length] * np.float32(data.scale) + np.float32(data.shift)
+    if data.noise:
+        for row, sample, length in zip(x, rows, own, strict=True):
+            rng = noise or np.random.default_rng([sample, EVALUATION_NOISE])
+            rng.random(out=row[length : length + data.noise], dtype=np.float32)
     return Batch(x, split.targets[samples], lengths)
 
 
@@ -179,10 +239,15 @@ def _first_token_alone(train, test, d_input, d_output):
 def _folder(data_dir):
     if data_dir is None:
         data_dir = os.environ.get("REF_DATA_DIR")
-    if not data_dir:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        data_dir = os.path.join(cache, "ref-sequence-models")
-    return Path(os.path.expanduser(data_dir))
+    return Path(os.path.expanduser(data_dir)) if data_dir else _user_cache()
+
+
+def _user_cache():
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return Path(os.path.expanduser(cache)) / "ref-sequence-models"
+
+
+MAKE_ROOM = "Make room or choose another folder with --data-dir or REF_DATA_DIR."
 
 
 @contextlib.contextmanager
@@ -191,39 +256,91 @@ def _advice():
     try:
         yield
     except Error as error:
-        raise DataError(
-            f"{error} Make room or choose another folder with --data-dir or REF_DATA_DIR."
-        ) from None
+        raise DataError(f"{error} {MAKE_ROOM}") from None
 
 
 SPLIT_PARTS = ("values", "offsets", "targets")
 
 
-def _write_cache(path, splits, arguments):
-    """Write splits {name: Split} and arguments {name: str} to one safetensors file.
+def _write_cache(path, splits, arguments, vocabulary=()):
+    """Write splits {name: Split}, arguments {name: str} and strings to one safetensors file.
 
     The file has its name only once it is complete.   DataError: it cannot be written.
     """
     tensors = {f"{s}.{part}": getattr(splits[s], part) for s in splits for part in SPLIT_PARTS}
+    text = json.dumps(vocabulary)
+    more = {"vocabulary": text, "sha256": files.checksum(tensors, text)}
     with _advice():
-        files.write_tensors(path, tensors, arguments | {"sha256": files.checksum(tensors)})
+        files.write_tensors(path, tensors, arguments | more)
 
 
 def _read_cache(path, arguments):
-    """{name: Split} as written with the same arguments. None: no file, a damaged or another one."""
+    """-> {name: Split}, vocabulary, as written with the same arguments.
+
+    None: no file, a damaged or another one.
+    """
     if not os.path.lexists(path):
         return None
     try:
         tensors, metadata = files.read_tensors(path)
     except Error as error:
         return _not_usable(path, f"cannot be read ({error})")
-    checksum = metadata.pop("sha256", None)
+    checksum, text = metadata.pop("sha256", None), metadata.pop("vocabulary", "")
     if metadata != arguments:
         return _not_usable(path, "was made by another version or from other arguments")
-    if checksum != files.checksum(tensors):
+    if checksum != files.checksum(tensors, text):
         return _not_usable(path, "is damaged (its checksum differs)")
-    splits = {name.partition(".")[0] for name in tensors}
-    return {s: Split(*(tensors[f"{s}.{part}"] for part in SPLIT_PARTS)) for s in splits}
+    names = {name.partition(".")[0] for name in tensors}
+    splits = {s: Split(*(tensors[f"{s}.{part}"] for part in SPLIT_PARTS)) for s in names}
+    return splits, tuple(json.loads(text or "[]"))
+
+
+def _generated(folder, arguments, generate):
+    """{name: Split} from the folder's cache file of these arguments, or else from generate()."""
+    path = folder / ("-".join(arguments.values()).replace(" ", "-") + ".safetensors")
+    cached = _read_cache(path, arguments)
+    if cached is not None:
+        return cached[0]
+    with _advice():  # before the work is done rather than after it
+        files.check_writable(folder)
+    splits = generate()
+    _write_cache(path, splits, arguments)
+    return splits
+
+
+PARSED_VERSION = "2"  # raise it whenever a reader gives something else for the same files
+
+
+def _parsed(name, folder, paths, parse):
+    """What parse() -> {split: Split}, vocabulary gives for the files `paths`.
+
+    The result is kept in the folder, or where that is for reading only in the user's cache, and
+    serves for as long as the files' names, sizes and times stay the same.
+    """
+    stats = []
+    for path in paths:
+        with _reading(path):
+            stat = path.stat()
+        stats.append((path.name, stat.st_size, stat.st_mtime_ns))
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    arguments = {"name": name, "version": PARSED_VERSION, "files": digest}
+    # Root may write anywhere; what its owner closed to writing stays as it is all the same.
+    places = [folder] if folder.stat().st_mode & 0o222 else []
+    caches = [place / f"{name}.safetensors" for place in (*places, _user_cache())]
+    for cache in caches:
+        cached = _read_cache(cache, arguments)
+        if cached is not None:
+            return cached
+    splits, vocabulary = parse()
+    for cache in caches:
+        try:
+            _write_cache(cache, splits, arguments, vocabulary)
+            break
+        except DataError as error:
+            refusal = error
+    else:
+        print(f"{refusal} Going on without.", file=sys.stderr)
+    return splits, tuple(vocabulary)
 
 
 def _not_usable(path, reason):
@@ -241,12 +358,261 @@ def _bar(total, what, unit, progress):
     return tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True, disable=not shown)
 
 
+SPECIAL = ("<pad>", "<unk>", "<eos>")  # the first tokens of every vocabulary
+PAD, UNK, EOS = 0, 1, 2
+
+
+# Downloads
+
+
+class Download(NamedTuple):
+    """Where a file is to be had, and what it must be."""
+
+    url: str
+    size: int  # bytes
+    sha256: str
+
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # a mirror; the original refuses
+DOWNLOADS = {
+    "train-images-idx3-ubyte.gz": Download(
+        MNIST_URL + "train-images-idx3-ubyte.gz",
+        9_912_422,
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    ),
+    "train-labels-idx1-ubyte.gz": Download(
+        MNIST_URL + "train-labels-idx1-ubyte.gz",
+        28_881,
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    ),
+    "t10k-images-idx3-ubyte.gz": Download(
+        MNIST_URL + "t10k-images-idx3-ubyte.gz",
+        1_648_877,
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    ),
+    "t10k-labels-idx1-ubyte.gz": Download(
+        MNIST_URL + "t10k-labels-idx1-ubyte.gz",
+        4_542,
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    ),
+    "cifar-10-binary.tar.gz": Download(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        170_052_171,
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    ),
+    "aclImdb_v1.tar.gz": Download(
+        "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+        84_125_825,
+        "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+    ),
+}
+LRA_RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
+
+
+def _download(name, folder, progress):
+    """Fetch a file of DOWNLOADS into the folder.   -> its path, which exists once all is right.
+
+    What has come stays in NAME.part and is not fetched again.   DataError: no network, a refusal of
+    the server or the disk, a broken connection, another file than expected.
+    """
+    path, part, expected = folder / name, folder / f"{name}.part", DOWNLOADS[name]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        have = _fetch(expected, part, progress)
+        with open(part, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 == expected.sha256:
+            os.replace(part, path)
+        elif have == expected.size:
+            part.unlink()
+    except OSError as error:
+        raise DataError(f"Cannot write {part}: {error.strerror or error}. {MAKE_ROOM}") from None
+    if have < expected.size:
+        raise DataError(
+            f"{expected.url}: expected {expected.size:,} bytes, found the connection broken after "
+            f"{have:,}. Run the command again: it goes on from there."
+        )
+    if sha256 != expected.sha256:
+        raise DataError(
+            f"{expected.url}: expected a file with sha256 {expected.sha256}, found {sha256}; it is "
+            f"deleted. Run the command again, or put a {name} that you trust into {folder}."
+        )
+    return path
+
+
+def _fetch(expected, part, progress):
+    """Append to `part` what is missing of a Download.   -> the bytes that are there now.
+
+    OSError: the disk's; DataError: the network's, but for a connection that breaks.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    have = part.stat().st_size if part.exists() else 0
+    if have == expected.size:
+        return have
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        response = urlopen(Request(expected.url, headers=headers), timeout=60)
+    except HTTPError as error:
+        if error.code == 416 and have:  # there is nothing so far into the file: what is here is bad
+            part.unlink()
+            return _fetch(expected, part, progress)
+        raise DataError(
+            f"{expected.url}: expected a file, the server answered {error.code} {error.reason}. "
+            "Fetch it elsewhere, and name its folder with --data-dir."
+        ) from None
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise DataError(
+            f"Cannot reach {expected.url}: {reason}. Try again with a connection to the internet, "
+            "or fetch it elsewhere and name its folder with --data-dir."
+        ) from None
+    with response, _bar(expected.size, part.stem, "bytes", progress) as bar:
+        if not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
+            have = 0  # a server that does not do parts sends everything
+        length = response.headers["Content-Length"] or ""
+        if length.isdecimal() and have + int(length) != expected.size:
+            raise DataError(
+                f"{expected.url}: expected {expected.size:,} bytes, the server offers "
+                f"{have + int(length):,}. Fetch the file elsewhere, and name its folder with "
+                "--data-dir."
+            )
+        bar.update(have)
+        with open(part, "ab" if have else "wb") as file:
+            while have < expected.size:
+                try:
+                    block = response.read(min(1 << 16, expected.size - have))
+                except (OSError, HTTPException):
+                    break
+                if not block:
+                    break
+                file.write(block)
+                have += len(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    return have
+
+
+# Files of a release
+
+AGAIN = "Take the file from its release again."
+
+
+def _bad(where, expected, found):
+    """The DataError of a file that is not in its format; where: its path, and the line or part."""
+    return DataError(f"{where}: expected {expected}, found {found}. {AGAIN}")
+
+
+def _find(folder, places, names, progress=False, download=False):
+    """The path of the first of `names` that is in the folder or in one of its subfolders `places`.
+
+    The last of the names is downloaded to the first place if that is allowed.   DataError: none
+    """
+    folders, name = (folder, *(folder / place for place in places)), names[-1]
+    for path in (place / name for name in names for place in folders):
+        if os.path.lexists(path):
+            return path
+    if download and name in DOWNLOADS:
+        return _download(name, folders[1], progress)
+    if name in DOWNLOADS:
+        advice = f"Add --download to have {DOWNLOADS[name].url} fetched, or"
+    else:
+        advice = (
+            f"It is part of {LRA_RELEASE} (a tar.gz of 7.7 GB without a published checksum), which "
+            "has to be fetched and unpacked by hand;"
+        )
+    raise DataError(
+        f"Expected {' or '.join(names)} in {' or '.join(map(str, folders))}, found none. "
+        f"{advice} name its folder with --data-dir."
+    )
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """Turn what an unreadable or damaged file raises into a DataError that names it."""
+    try:
+        yield
+    except EOFError:
+        found = f"its end early, at byte {os.path.getsize(path):,}"
+        raise _bad(path, "a whole gzip file", found) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _bad(path, "a gzip file", f"damage ({error})") from None
+    except tarfile.TarError as error:
+        raise _bad(path, "a tar archive", f"damage ({error})") from None
+    except OSError as error:
+        raise DataError(
+            f"Cannot read {path}: {error.strerror or error}. Check that it is a file you may read."
+        ) from None
+
+
+def _content(path, most):
+    """The file's bytes, unpacked if it is a gzip file, but not many more than `most`."""
+    with _reading(path), open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        return (gzip.GzipFile(fileobj=file) if packed else file).read(most + 1)
+
+
+def _members(path, wanted, most):
+    """Name and bytes of the members of a tar.gz file for whose names wanted(name) is true.
+
+    Nothing is unpacked to disk.   DataError: a damaged archive, one with a name that leaves its
+    folder, a link or a device, or a wanted member of more than `most` bytes.
+    """
+    with (
+        _reading(path),
+        gzip.open(path) as unpacked,
+        tarfile.open(fileobj=unpacked, mode="r|") as archive,
+    ):
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts:
+                raise _bad(path, "names inside of its folder", repr(member.name))
+            if not (member.isfile() or member.isdir()):
+                raise _bad(path, "files and folders", f"{member.name!r}, a link or a device")
+            if member.isfile() and wanted(member.name):
+                if member.size > most:
+                    where = f"{path}, {member.name}"
+                    raise _bad(where, f"at most {most:,} bytes", f"{member.size:,}")
+                yield member.name, archive.extractfile(member).read()
+        while unpacked.read(1 << 20):  # to the end, where gzip's own checksum is
+            pass
+
+
+def _lines(path, most, progress=False):
+    """(number from 1, bytes) of every line of a file, but not many more bytes than `most`."""
+    with (
+        _reading(path),
+        open(path, "rb") as file,
+        _bar(os.fstat(file.fileno()).st_size, path.name, "bytes", progress) as bar,
+    ):
+        # A bounded readline: a file without line ends is not read into memory.
+        for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
+            bar.update(len(line))
+            yield number, line
+
+
+def _amount(content, most):
+    """How many bytes _content(path, most) has found."""
+    return f"more than {most:,}" if len(content) > most else f"{len(content):,}"
+
+
+def _text(content, where):
+    """bytes -> str.   DataError: not UTF-8; where: the file, and the line if it has any."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _bad(where, "UTF-8 text", f"{error.reason} at byte {error.start:,}") from None
+
+
 # lra-listops: MIN, MAX, MED and SM of digits, nested (Nangia and Bowman 2018, arXiv:1804.06028; Tay
 # et al. 2020, Long Range Arena, arXiv:2011.04006). The target is the value of the expression.
 
-SPECIAL = ("<pad>", "<unk>", "<eos>")
 LISTOPS_VOCABULARY = (*SPECIAL, *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
-PAD, EOS, DIGIT, MIN, MAX, MED, SM, CLOSE = 0, 2, 3, 13, 14, 15, 16, 17
+DIGIT, MIN, MAX, MED, SM, CLOSE = 3, 13, 14, 15, 16, 17
 
 LISTOPS_VERSION = "1"  # of the generator: raise it whenever the same seed gives other samples
 LISTOPS_SIZES = (96_000, 2_000, 2_000)  # train, valid, test
@@ -256,7 +622,9 @@ LISTOPS_FILES = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "
 LISTOPS_LINE = 1 << 20  # bytes; no line of the release is longer than a few per cent of this
 
 
-def load_listops(folder, seed, progress=True, sizes=LISTOPS_SIZES, limits=LISTOPS_LIMITS):
+def load_listops(
+    folder, seed, progress=True, download=False, sizes=LISTOPS_SIZES, limits=LISTOPS_LIMITS
+):
     """From the release's TSV files when the folder (a Path) has any of them, else generated."""
     if any(os.path.lexists(folder / name) for name in LISTOPS_FILES.values()):
         splits = read_listops(folder, progress)
@@ -333,14 +701,7 @@ def cached_listops(folder, seed, progress, sizes, limits):
         "sizes": " ".join(map(str, sizes)),
         "limits": " ".join(map(str, limits)),
     }
-    path = folder / ("-".join(arguments.values()).replace(" ", "-") + ".safetensors")
-    splits = _read_cache(path, arguments)
-    if splits is None:
-        with _advice():  # before the work is done rather than after it
-            files.check_writable(folder)
-        splits = generate_listops(seed, sizes, limits, progress)
-        _write_cache(path, splits, arguments)
-    return splits
+    return _generated(folder, arguments, lambda: generate_listops(seed, sizes, limits, progress))
 
 
 def generate_listops(seed, sizes=LISTOPS_SIZES, limits=LISTOPS_LIMITS, progress=False):
@@ -401,7 +762,6 @@ def _cut(split, sizes):
 def read_listops(folder, progress):
     """{"train", "valid", "test": Split} from the folder's TSV files.
 
-    The result is kept beside them and serves for as long as their sizes and times stay the same.
     DataError: one of the three is missing or bad.
     """
     paths = {split: folder / name for split, name in LISTOPS_FILES.items()}
@@ -411,17 +771,11 @@ def read_listops(folder, progress):
                 f"Expected {', '.join(LISTOPS_FILES.values())} in {folder}, found no {path.name}. "
                 "Put it there, or name a folder with none of the three to generate the data."
             )
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
-    arguments = {"name": "lra-listops-tsv", "version": "1", "files": json.dumps(stats)}
-    cache = folder / "lra-listops-tsv.safetensors"
-    splits = _read_cache(cache, arguments)
-    if splits is None:
-        splits = {split: read_listops_tsv(path, progress) for split, path in paths.items()}
-        try:
-            _write_cache(cache, splits, arguments)
-        except DataError as error:  # the release may well lie in a folder that is for reading only
-            print(f"{error} Going on without.", file=sys.stderr)
-    return splits
+
+    def parse():
+        return {split: read_listops_tsv(path, progress) for split, path in paths.items()}, ()
+
+    return _parsed("lra-listops-tsv", folder, paths.values(), parse)[0]
 
 
 LISTOPS_ID = {text.encode(): i for i, text in enumerate(LISTOPS_VOCABULARY) if i >= DIGIT}
@@ -435,34 +789,18 @@ def read_listops_tsv(path, progress=False):
     published pipelines.   DataError: what is not in the format; a target that is not the value.
     """
     values, lengths, targets = bytearray(), [], []
-    try:
-        with (
-            open(path, "rb") as file,
-            _bar(os.fstat(file.fileno()).st_size, path.name, "bytes", progress) as bar,
-        ):
-            # A bounded readline: a file without line ends is not read into memory.
-            for number, line in enumerate(iter(lambda: file.readline(LISTOPS_LINE + 1), b""), 1):
-                bar.update(len(line))
-                try:
-                    sample = _parse_listops_line(number, line)
-                except DataError as error:
-                    raise DataError(
-                        f"{path}, line {number}: {error}. Take the file from the release again."
-                    ) from None
-                if sample is not None:
-                    tokens, target = sample
-                    values += tokens
-                    lengths.append(len(tokens))
-                    targets.append(target)
-    except OSError as error:
-        raise DataError(
-            f"Cannot read {path}: {error.strerror or error}. Check that it is a file you may read."
-        ) from None
+    for number, line in _lines(path, LISTOPS_LINE, progress):
+        try:
+            sample = _parse_listops_line(number, line)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}. {AGAIN}") from None
+        if sample is not None:
+            tokens, target = sample
+            values += tokens
+            lengths.append(len(tokens))
+            targets.append(target)
     if not targets:
-        raise DataError(
-            f"{path}: expected a header and samples, found none. "
-            "Take the file from the release again."
-        )
+        raise _bad(path, "a header and samples", "none")
     return _listops_split(values, lengths, targets)
 
 
@@ -508,5 +846,499 @@ def _quoted(text):
     return repr(text[:40].decode(errors="backslashreplace")) + (" ..." if len(text) > 40 else "")
 
 
-LOADERS = {"lra-listops": load_listops}
+# Text as characters. A token is a character that is frequent enough in train, most frequent first;
+# samples are cut to the published length before characters are counted, as the published code does.
+
+
+def _tokenised(texts, longest, least):
+    """texts {split: [str]} -> {split: (values, offsets)}, vocabulary.
+
+    At most `longest` tokens with <eos>; characters with fewer than `least` occurrences in train
+    are <unk>.
+    """
+    kinds = 0x110000  # of characters in Unicode
+    counts = np.zeros(kinds, np.int64)
+    for i in range(0, len(texts["train"]), 1000):
+        block = "".join(text[: longest - 1] for text in texts["train"][i : i + 1000])
+        counts += np.bincount(_code_points(block), minlength=kinds)
+    known = np.flatnonzero(counts >= least)
+    known = known[np.argsort(-counts[known], kind="stable")]
+    vocabulary = (*SPECIAL, *map(chr, known))
+    ids = np.full(kinds, UNK, np.min_scalar_type(len(vocabulary) - 1))
+    ids[known] = np.arange(len(SPECIAL), len(vocabulary))
+    tokenised = {}
+    for split, of_split in texts.items():
+        lengths = [min(len(text) + 1, longest) for text in of_split]
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        values = np.full(offsets[-1], EOS, ids.dtype)
+        for text, start, length in zip(of_split, offsets, lengths, strict=False):
+            values[start : start + length - 1] = ids[_code_points(text[: length - 1])]
+        tokenised[split] = values, offsets
+    return tokenised, vocabulary
+
+
+def _code_points(text):
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _text_data(name, splits, vocabulary, longest, **more):
+    return Data(
+        name=name,
+        **splits,
+        d_input=len(vocabulary),
+        tokens=True,
+        d_output=2,
+        pad=PAD,
+        grid=128,
+        max_length=int(_padded(longest, 128)),
+        vocabulary=vocabulary,
+        baselines={"majority class": _majority_class(splits["train"], splits["test"])},
+        **more,
+    )
+
+
+# lra-text: whether a film review is favourable (Maas et al. 2011)
+
+IMDB_LONGEST, IMDB_LEAST = 4_096, 15
+IMDB_REVIEWS = 12_500  # of each split and label
+IMDB_LABELS = ("neg", "pos")
+IMDB_MEMBER = re.compile(r"(?:.*/)?(train|test)/(neg|pos)/([^/]+\.txt)")
+IMDB_REVIEW = 1 << 20  # bytes; the longest of the release has little more than one per cent of it
+
+
+def load_imdb(folder, seed, progress=True, download=False, reviews=IMDB_REVIEWS):
+    """From the folder aclImdb, or straight from the archive."""
+    names = ("aclImdb", "aclImdb_labeled.tar.gz", "aclImdb_v1.tar.gz")
+    path = _find(folder, ("imdb",), names, progress, download)
+
+    def parse():
+        return read_imdb(path, reviews, progress)
+
+    paths = [path] if path.is_file() else [file for _, _, file in _imdb_files(path)]
+    splits, vocabulary = _parsed("lra-text", folder, paths, parse)
+    splits["valid"] = splits["test"]
+    source = f"read from {path}; the validation split is the test split, as published"
+    return _text_data("lra-text", splits, vocabulary, IMDB_LONGEST, source=source)
+
+
+def read_imdb(path, reviews=IMDB_REVIEWS, progress=False):
+    """{"train", "test": Split}, vocabulary, from the folder or archive.   DataError: bad files."""
+    found = {(split, kind): [] for split in ("train", "test") for kind in IMDB_LABELS}
+    with _bar(reviews * len(found), path.name, "reviews", progress) as bar:
+        for split, kind, name, content in _imdb_reviews(path):
+            where = f"{path}, {split}/{kind}/{name}"
+            if not 0 < len(content) <= IMDB_REVIEW:
+                expected = f"from 1 to {IMDB_REVIEW:,} bytes"
+                raise _bad(where, expected, _amount(content, IMDB_REVIEW))
+            found[split, kind].append((name, _text(content, where)))
+            bar.update()
+    for (split, kind), of_kind in found.items():
+        of_kind.sort()
+        if len(of_kind) != reviews:
+            raise _bad(f"{path}, {split}/{kind}", f"{reviews:,} reviews", f"{len(of_kind):,}")
+    texts = {s: [text for k in IMDB_LABELS for _, text in found[s, k]] for s in ("train", "test")}
+    targets = np.repeat(np.arange(len(IMDB_LABELS)), reviews)
+    tokenised, vocabulary = _tokenised(texts, IMDB_LONGEST, IMDB_LEAST)
+    return {split: Split(*parts, targets) for split, parts in tokenised.items()}, vocabulary
+
+
+def _imdb_files(path):
+    """(split, label, path) of every review in a folder, in an order of their own."""
+    with _reading(path):
+        return [
+            (split, kind, file)
+            for split in ("train", "test")
+            for kind in IMDB_LABELS
+            for file in sorted((path / split / kind).iterdir())
+            if file.suffix == ".txt"
+        ]
+
+
+def _imdb_reviews(path):
+    """(split, label, name, bytes) of every review of a folder or an archive."""
+    if path.is_dir():
+        for split, kind, file in _imdb_files(path):
+            yield split, kind, file.name, _content(file, IMDB_REVIEW)
+    else:
+        for name, content in _members(path, IMDB_MEMBER.fullmatch, IMDB_REVIEW):
+            yield *IMDB_MEMBER.fullmatch(name).groups(), content
+
+
+# lra-retrieval: whether one of two papers cites the other (Radev et al. 2009; Tay et al. 2020)
+
+AAN_FILES = {
+    split: f"new_aan_pairs.{name}.tsv"
+    for split, name in zip(("train", "valid", "test"), ("train", "eval", "test"), strict=True)
+}
+AAN_LONGEST, AAN_LEAST = 4_000, 1
+AAN_LINE = 1 << 24  # bytes
+AAN_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+
+
+def load_aan(folder, seed, progress=True, download=False):
+    """From the release's TSV files."""
+    places = ("aan", "lra_release/tsv_data")
+    paths = {s: _find(folder, places, (name,)) for s, name in AAN_FILES.items()}
+
+    def parse():
+        return read_aan(paths, progress)
+
+    splits, vocabulary = _parsed("lra-retrieval", folder, paths.values(), parse)
+    source = f"read from {', '.join(AAN_FILES.values())} in {paths['train'].parent}"
+    return _text_data("lra-retrieval", splits, vocabulary, AAN_LONGEST, source=source, documents=2)
+
+
+def read_aan(paths, progress=False):
+    """{split: Split}, vocabulary, from paths {split: Path}: label, two names, two texts on a line.
+
+    The texts are taken as they stand; in the release they are Python's notation of bytes.
+    DataError: what is not in the format.
+    """
+    texts, targets = {split: [] for split in paths}, {split: [] for split in paths}
+    for split, path in paths.items():
+        for number, line in _lines(path, AAN_LINE, progress):
+            where = f"{path}, line {number}"
+            if len(line) > AAN_LINE:
+                raise _bad(where, f"at most {AAN_LINE:,} bytes", "more")
+            columns = _text(line, where).removesuffix("\n").removesuffix("\r").split("\t")
+            if len(columns) != 5:
+                raise _bad(where, "five columns with tabs between them", len(columns))
+            label, _, _, *both = map(_unquoted, columns)
+            if label not in AAN_LABELS:
+                raise _bad(where, "a label 0 or 1", repr(label[:40]))
+            targets[split].append(AAN_LABELS[label])
+            texts[split] += (text[: AAN_LONGEST - 1] for text in both)
+        if not targets[split]:
+            raise _bad(path, "samples", "none")
+    tokenised, vocabulary = _tokenised(texts, AAN_LONGEST, AAN_LEAST)
+    splits = {s: Split(*parts, np.array(targets[s])) for s, parts in tokenised.items()}
+    return splits, vocabulary
+
+
+def _unquoted(column):
+    """A TSV column without the quotation marks that may stand around it."""
+    if len(column) > 1 and column[0] == column[-1] == '"':
+        return column[1:-1].replace('""', '"')
+    return column
+
+
+# Images as sequences of pixels, row by row. They stay bytes; a batch makes numbers of them.
+
+SPLIT_SEED = 0  # of the validation samples, which are drawn from train
+
+
+def _image_data(name, splits, mean, deviation, source, d_output=10, noisy=False):
+    """Data of splits of bytes; pixels from 0 to 1 are normalised by mean and deviation (C,)."""
+    train, test = splits["train"], splits["test"]
+    length, channels = int(test.lengths[0]), test.values.shape[1]
+    noise = length if noisy else 0
+    return Data(
+        name=name,
+        **splits,
+        d_input=channels,
+        tokens=False,
+        d_output=d_output,
+        pad=0,
+        grid=1,
+        max_length=length + noise,
+        vocabulary=(),
+        baselines={"majority class": _majority_class(train, test)},
+        source=source,
+        scale=tuple(1 / (255 * d) for d in deviation),
+        shift=tuple(-m / d for m, d in zip(mean, deviation, strict=True)),
+        noise=noise,
+        pool_from=noise,
+    )
+
+
+def _with_validation(train, test, size):
+    """Splits from (images (N, L, C), labels (N,)) of train and test.
+
+    `size` samples of train become the validation split, the same ones whatever the data seed.
+    """
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(train[0]))
+    parts = {"train": np.sort(order[size:]), "valid": np.sort(order[:size])}
+    splits = {split: _image_split(*(of[part] for of in train)) for split, part in parts.items()}
+    return splits | {"test": _image_split(*test)}
+
+
+def _image_split(images, labels):
+    """Split of (N, L, C), (N,)."""
+    n, length, channels = images.shape
+    return Split(images.reshape(-1, channels), np.arange(n + 1) * length, labels.astype(np.int64))
+
+
+# smnist and smnist-noise: handwritten digits (LeCun et al. 1998)
+
+MNIST_FILES = {"train": "train", "test": "t10k"}
+MNIST_MOST = 100_000_000  # bytes; the release's largest file has half of that
+# Mean and deviation of the pixels of train, as is the custom.
+MNIST_MEAN, MNIST_DEVIATION = (0.1307,), (0.3081,)
+
+
+def load_mnist(folder, seed, progress=True, download=False, noisy=False):
+    """A twelfth of train, 5,000 of 60,000 images, is the validation split."""
+    found = {}
+    for split, prefix in MNIST_FILES.items():
+        names = [f"{prefix}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+        paths = [_find(folder, ("mnist",), (n, f"{n}.gz"), progress, download) for n in names]
+        found[split] = read_mnist(*paths)
+    size = len(found["train"][0]) // 12
+    return _image_data(
+        "smnist-noise" if noisy else "smnist",
+        _with_validation(found["train"], found["test"], size),
+        MNIST_MEAN,
+        MNIST_DEVIATION,
+        f"read from {paths[0].parent}; {size:,} images of train are the validation split",
+        noisy=noisy,
+    )
+
+
+def read_mnist(images_path, labels_path):
+    """-> images (N, 784, 1), labels (N,), uint8.   DataError: bad files."""
+    images, labels = read_idx(images_path, (28, 28)), read_idx(labels_path, ())
+    if len(images) != len(labels):
+        expected = f"{len(images):,} labels as {images_path} has images"
+        raise _bad(labels_path, expected, f"{len(labels):,}")
+    _check_labels(labels, labels_path, 8, 1)
+    return images.reshape(-1, 784, 1), labels
+
+
+def read_idx(path, shape):
+    """uint8 (N, *shape): a big-endian header of a magic number and the sizes, then the bytes."""
+    content, start = _content(path, MNIST_MOST), 8 + 4 * len(shape)
+    magic, n, *sizes = (int.from_bytes(content[i : i + 4], "big") for i in range(0, start, 4))
+    expected = 0x0801 + len(shape)
+    if magic != expected:
+        found = content[:4].hex() or "nothing"
+        raise _bad(path, f"the magic number {expected:08x} at byte 0", found)
+    if tuple(sizes) != shape:
+        raise _bad(path, f"images of {_times(shape)} pixels in bytes 8 to 15", _times(sizes))
+    if n == 0:
+        raise _bad(path, "samples", "a count of 0 in bytes 4 to 7")
+    length = start + n * math.prod(shape)
+    if len(content) != length:
+        raise _bad(path, f"{length:,} bytes for {n:,} samples", _amount(content, MNIST_MOST))
+    return np.frombuffer(content, np.uint8, offset=start).reshape(n, *shape)
+
+
+def _times(sizes):
+    return " x ".join(map(str, sizes))
+
+
+def _check_labels(labels, path, start, step):
+    """DataError: a label above 9; label i stands at byte start + i step of the file"""
+    if labels.max() > 9:
+        i = int(np.argmax(labels > 9))
+        raise _bad(path, f"a label from 0 to 9 at byte {start + i * step:,}", labels[i])
+
+
+# scifar10, scifar10-noise and lra-image: photographs of ten kinds of things (Krizhevsky 2009)
+
+CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+CIFAR_IMAGES, CIFAR_RECORD = 10_000, 3_073  # images of a file; bytes: a label, red, green, blue
+CIFAR_MEAN, CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+GREY_MEAN, GREY_DEVIATION = (122.6 / 255,), (61 / 255,)
+
+
+def load_cifar(folder, seed, progress=True, download=False, name="scifar10", records=CIFAR_IMAGES):
+    """A tenth of train, 5,000 of 50,000 images, is the validation split."""
+    names = ("cifar-10-batches-bin", CIFAR_FILES[0], "cifar-10-binary.tar.gz")
+    path = _find(folder, ("cifar10",), names, progress, download)
+    path = path.parent if path.name == CIFAR_FILES[0] else path
+    grey, found = name == "lra-image", {}
+    with _bar(len(CIFAR_FILES), path.name, "files", progress) as bar:
+        for file, content in _cifar_contents(path, records):
+            images, labels = read_cifar(content, f"{path}, {file}", records)
+            found[file] = (_grey(images) if grey else images), labels
+            bar.update()
+    missing = [file for file in CIFAR_FILES if file not in found]
+    if missing:
+        raise _bad(path, f"{', '.join(missing)} in it", "none")
+    train = [np.concatenate([found[file][i] for file in CIFAR_FILES[:-1]]) for i in range(2)]
+    size = len(train[0]) // 10
+    return _image_data(
+        name,
+        _with_validation(train, found[CIFAR_FILES[-1]], size),
+        GREY_MEAN if grey else CIFAR_MEAN,
+        GREY_DEVIATION if grey else CIFAR_DEVIATION,
+        f"read from {path}; {size:,} images of train are the validation split",
+        noisy=name == "scifar10-noise",
+    )
+
+
+def _cifar_contents(path, records):
+    """Name and bytes of every file of the set that is in a folder or an archive."""
+    most = records * CIFAR_RECORD
+    if path.is_dir():
+        return ((f, _content(path / f, most)) for f in CIFAR_FILES if os.path.lexists(path / f))
+    members = _members(path, lambda name: name.rpartition("/")[2] in CIFAR_FILES, most)
+    return ((name.rpartition("/")[2], content) for name, content in members)
+
+
+def read_cifar(content, where, records=CIFAR_IMAGES):
+    """bytes -> images (N, 1024, 3), labels (N,), uint8.   DataError: where it is, what is wrong"""
+    expected = records * CIFAR_RECORD
+    if len(content) != expected:
+        size = f"{expected:,} bytes, {records:,} records of {CIFAR_RECORD:,}"
+        raise _bad(where, size, _amount(content, expected))
+    rows = np.frombuffer(content, np.uint8).reshape(records, CIFAR_RECORD)
+    _check_labels(rows[:, 0], where, 0, CIFAR_RECORD)
+    return rows[:, 1:].reshape(records, 3, 1024).transpose(0, 2, 1), rows[:, 0]
+
+
+def _grey(images):
+    """(N, L, 3) -> (N, L, 1): 0.2989 R + 0.587 G + 0.114 B, rounded as Pillow's conversion to L.
+
+    The published pipelines convert with it, so that their grey values are these integers too.
+    """
+    red, green, blue = np.moveaxis(images.astype(np.uint32), -1, 0)
+    grey = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return grey.astype(np.uint8)[..., None]
+
+
+# lra-pathfinder and lra-pathx: whether two marked ends are on one path (Linsley et al. 2018,
+# arXiv:1805.08315; Kim et al. 2020), with paths of 14 dashes, the hardest level
+
+PATHFINDER_LEVEL = "curv_contour_length_14"
+PATHFINDER_MEAN, PATHFINDER_DEVIATION = (0.5,), (0.5,)
+
+
+def load_pathfinder(folder, seed, progress=True, download=False, name="lra-pathfinder", side=32):
+    """From the release's images; the larger of two sizes is Path-X."""
+    names = (f"pathfinder{side}/{PATHFINDER_LEVEL}",)
+    path = _find(folder, ("pathfinder", "lra_release"), names)
+    lists = _pathfinder_lists(path)
+
+    def parse():
+        return read_pathfinder(path, side, progress), ()
+
+    # The lists stand for the images: to look at all of those takes as long as to read them.
+    splits, _ = _parsed(name, folder, lists, parse)
+    source = f"read from {path}; a tenth of the images each are the validation and test splits"
+    return _image_data(name, splits, PATHFINDER_MEAN, PATHFINDER_DEVIATION, source, d_output=2)
+
+
+def _pathfinder_lists(path):
+    """The files that list the images: 0.npy, 1.npy, ... (text in spite of their name)"""
+    folder = path / "metadata"
+    with _reading(folder):
+        lists = [file for file in folder.iterdir() if file.suffix == ".npy"]
+    bad = [file.name for file in lists if not file.stem.isdecimal()]
+    if bad or not lists:
+        raise _bad(folder, "0.npy, 1.npy, ...", bad[0] if bad else "none")
+    return sorted(lists, key=lambda file: int(file.stem))
+
+
+def read_pathfinder(path, side, progress=False):
+    """{"train", "valid", "test": Split} of 80, 10 and 10 percent, the same whatever the data seed.
+
+    path: the folder of a level.   DataError: a list or an image is missing or bad
+    """
+    samples = [s for file in _pathfinder_lists(path) for s in _pathfinder_samples(path, file)]
+    if len(samples) < 10:
+        raise _bad(path, "at least ten images", len(samples))
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(samples))
+    images = np.empty((len(samples), side * side), np.uint8)
+    labels = np.array([label for _, label in samples])[order]
+    with _bar(len(samples), f"{path.parent.name}, reading", "images", progress) as bar:
+        for row, i in zip(images, order, strict=True):
+            row[:] = _read_png(samples[i][0], side).ravel()
+            bar.update()
+    tenth = len(samples) // 10
+    parts = _cut(_image_split(images[..., None], labels), (len(samples) - 2 * tenth, tenth, tenth))
+    return dict(zip(("train", "valid", "test"), parts, strict=True))
+
+
+def _pathfinder_samples(path, file):
+    """[(path of an image, label)] of a list: folder, name, number, label, ... on a line."""
+    samples = []
+    for number, line in _lines(file, 1 << 16):
+        where = f"{file}, line {number}"
+        columns = _text(line, where).split()
+        if len(columns) < 4:
+            raise _bad(where, "an image's folder, name, number and label", f"{len(columns)} words")
+        if columns[3] not in ("0", "1"):
+            raise _bad(where, "a label 0 or 1", repr(columns[3][:40]))
+        image = PurePosixPath(columns[0], columns[1])
+        if image.is_absolute() or ".." in image.parts:
+            raise _bad(where, f"an image inside of {path}", repr(str(image)[:40]))
+        samples.append((path / image, int(columns[3])))
+    return samples
+
+
+def _read_png(path, side):
+    """uint8 (side, side), grey.   DataError: damaged or of another size; Pillow is missing"""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError(
+            "Reading images needs Pillow, which is not installed; install the extra `images`: "
+            "pip install 'ref-sequence-models[images]'."
+        ) from None
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.size == (side, side):
+                return np.asarray(image.convert("L"))
+            found = f"one of {_times(image.size)}"
+    except FileNotFoundError:
+        found = "none"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        found = f"damage ({error})"
+    raise _bad(path, f"a PNG image of {side} x {side} pixels", found)
+
+
+# pathfinder-gen and pathx-gen: the same question about images of our own, not to be put beside
+# results on the release's
+
+PATHFINDER_VERSION = "1"  # of the generator: raise it whenever the same seed gives other samples
+PATHFINDER_SIZES = {32: (80_000, 10_000, 10_000), 128: (16_000, 2_000, 2_000)}
+
+
+def load_pathfinder_gen(
+    folder, seed, progress=True, download=False, name="pathfinder-gen", side=32, sizes=None
+):
+    """Generated unless the folder's cache file has them."""
+    sizes = sizes or PATHFINDER_SIZES[side]
+    arguments = {
+        "name": name,
+        "version": PATHFINDER_VERSION,
+        "seed": str(seed),
+        "sizes": " ".join(map(str, sizes)),
+    }
+    splits = _generated(folder, arguments, lambda: generate_pathfinder(seed, side, sizes, progress))
+    source = f"generated by version {PATHFINDER_VERSION} of our generator from seed {seed}"
+    return _image_data(name, splits, PATHFINDER_MEAN, PATHFINDER_DEVIATION, source, d_output=2)
+
+
+def generate_pathfinder(seed, side, sizes, progress=False):
+    """{"train", "valid", "test": Split} of those sizes; see ref/kernels/pathfinder.py."""
+    from ref.kernels import pathfinder
+
+    slab, total = 1_000, sum(sizes)
+    images, labels = np.empty((total, side * side), np.uint8), np.empty(total, np.int64)
+    with _bar(total, "pathfinder, generating", "images", progress) as bar:
+        for first in range(0, total, slab):
+            part = slice(first, min(first + slab, total))
+            images[part], labels[part] = pathfinder.draw(seed, first, part.stop - first, side)
+            bar.update(part.stop - first)
+    parts = _cut(_image_split(images[..., None], labels), sizes)
+    return dict(zip(("train", "valid", "test"), parts, strict=True))
+
+
+LOADERS = {
+    "lra-listops": load_listops,
+    "lra-text": load_imdb,
+    "lra-retrieval": load_aan,
+    "lra-image": functools.partial(load_cifar, name="lra-image"),
+    "lra-pathfinder": load_pathfinder,
+    "lra-pathx": functools.partial(load_pathfinder, name="lra-pathx", side=128),
+    "pathfinder-gen": load_pathfinder_gen,
+    "pathx-gen": functools.partial(load_pathfinder_gen, name="pathx-gen", side=128),
+    "scifar10": load_cifar,
+    "scifar10-noise": functools.partial(load_cifar, name="scifar10-noise"),
+    "smnist": load_mnist,
+    "smnist-noise": functools.partial(load_mnist, noisy=True),
+}
 NAMES = tuple(LOADERS)
+TEXTS = ("lra-listops", "lra-text", "lra-retrieval")  # the sets that max_length can cut

@@ -1,5 +1,6 @@
 """data.py: generated and read data, the cache, batches."""
 
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -401,7 +402,7 @@ def test_a_cache_that_is_not_whole_is_made_again(load, tmp_path, capsys, kind):
 def test_any_flipped_bit_in_a_cache_is_noticed_or_harmless(tmp_path):
     splits, arguments = data.generate_listops(0, **SMALL), {"name": "made", "version": "1"}
     path = tmp_path / "cache.safetensors"
-    data._write_cache(path, splits, arguments)
+    data._write_cache(path, splits, arguments, ("ä",))
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     rng = np.random.default_rng(0)
@@ -411,7 +412,7 @@ def test_any_flipped_bit_in_a_cache_is_noticed_or_harmless(tmp_path):
         bad[i] ^= 1 << rng.integers(8)
         path.write_bytes(bad)
         found = data._read_cache(path, arguments)
-        assert found is None or same(found, splits), f"byte {i}"
+        assert found is None or (same(found[0], splits) and found[1] == ("ä",)), f"byte {i}"
         taken += found is not None
     assert taken < 10  # blanks that fill the header up
 
@@ -847,3 +848,116 @@ def test_bad_batch_arguments_are_sentences_at_once(made):
     for seed, start in ((-1, 0), (0, -1)):
         with pytest.raises(Error, match="at least 0"):
             data.train_batches(made, 4, seed, start)
+
+
+# Two documents, bytes as numbers, noise
+
+
+def documents_of(made):
+    """The same documents, two to a sample."""
+
+    def paired(split):
+        n = len(split.offsets) // 2
+        return data.Split(split.values, split.offsets, split.targets[:n])
+
+    splits = {name: paired(split) for name, split in splits_of(made).items() if name == "train"}
+    return dataclasses.replace(made, **splits, documents=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_batches_of_two_documents(batch_size):
+    made = documents_of(make_data(np.random.default_rng(2).integers(1, 41, 60)))
+    split, lengths = made.train, made.train.lengths.reshape(-1, 2)
+    assert len(split) == 30
+    steps = data.steps_per_epoch(made, batch_size)
+    trained = [batch for _, batch in take(data.train_batches(made, batch_size, 0), 2 * steps)]
+    evaluated = list(data.eval_batches(split, made, batch_size))
+    for batch in trained + evaluated:
+        n = len(batch.targets)
+        assert n <= batch_size
+        assert len(batch.x) == len(batch.lengths) == 2 * n
+        for row in range(2 * n):
+            i, document = batch.targets[row % n], row // n
+            assert batch.x.shape[1] == -(-lengths[i].max() // 8) * 8, "the longer one decides"
+            start = split.offsets[2 * i + document]
+            length = batch.lengths[row]
+            assert length == lengths[i, document]
+            np.testing.assert_array_equal(batch.x[row, :length], split.values[start:][:length])
+            assert np.all(batch.x[row, length:] == made.pad)
+    found = np.concatenate([batch.targets for batch in evaluated])
+    assert sorted(found.tolist()) == list(range(30))
+    assert len(evaluated) == sum(
+        -(-n // batch_size) for n in np.unique(-(-lengths.max(1) // 8), return_counts=True)[1]
+    )
+
+
+def images(noise=0, count=23, steps=10):
+    """Bytes (steps, 2) a sample, which a batch scales and shifts."""
+    made = make_data([steps] * count, grid=1, channels=2, valid=[steps] * 7)
+    as_bytes = {
+        name: dataclasses.replace(split, values=split.values.astype(np.uint8))
+        for name, split in splits_of(made).items()
+    }
+    affine = {"scale": (0.5, 2.0), "shift": (-1.0, 0.25)}
+    return dataclasses.replace(made, **as_bytes, **affine, noise=noise, pool_from=noise)
+
+
+@pytest.mark.parametrize("noise", [0, 6])
+def test_bytes_become_numbers_in_a_batch(noise):
+    made = images(noise)
+    for batch in data.eval_batches(made.train, made, 4):
+        assert batch.x.dtype == np.float32
+        assert batch.x.shape == (len(batch.targets), 10 + noise, 2)
+        assert batch.lengths.tolist() == [10 + noise] * len(batch.targets)
+        for x, i in zip(batch.x, batch.targets, strict=True):
+            own = made.train.values[10 * i : 10 * i + 10]
+            np.testing.assert_allclose(x[:10], own * [0.5, 2.0] + [-1.0, 0.25])
+
+
+def noise_of(batches):
+    """sample -> the noise (steps, 2) behind it."""
+    return {int(i): x[10:] for b in batches for x, i in zip(b.x, b.targets, strict=True)}
+
+
+def test_noise_in_evaluation_is_the_samples_own():
+    made = images(noise=300)
+    whole = noise_of(data.eval_batches(made.train, made, 1000))
+    for batch_size in (1, 5):
+        other = noise_of(data.eval_batches(made.train, made, batch_size))
+        assert all(np.array_equal(whole[i], other[i]) for i in range(23))
+    every = np.array([whole[i] for i in range(23)]).reshape(-1)
+    assert len(np.unique(every)) > 0.99 * every.size, "no sample or channel has another's noise"
+    assert 0 <= every.min() < 0.01
+    assert 0.99 < every.max() < 1
+    assert scipy.stats.kstest(every, "uniform").pvalue > 1e-3
+
+
+def test_noise_in_training_is_new_in_every_batch_and_follows_from_its_step():
+    made = images(noise=50)
+    steps = data.steps_per_epoch(made, 4)
+    whole = take(data.train_batches(made, 4, 5), 3 * steps)
+    every = np.concatenate([batch.x[:, 10:].ravel() for _, batch in whole])
+    assert len(np.unique(every)) > 0.99 * every.size
+    assert scipy.stats.kstest(every, "uniform").pvalue > 1e-3
+    for start in (1, steps - 1, steps, 2 * steps + 1):
+        resumed = take(data.train_batches(made, 4, 5, start), 3 * steps - start)
+        assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+    other = np.concatenate(
+        [b.x[:, 10:].ravel() for _, b in take(data.train_batches(made, 4, 6), 9)]
+    )
+    assert not np.isin(other, every).mean() > 0.01
+    plain = take(data.train_batches(images(), 4, 5), 3 * steps)
+    for (_, a), (_, b) in zip(whole, plain, strict=True):
+        np.testing.assert_array_equal(a.targets, b.targets)
+        np.testing.assert_array_equal(a.x[:, :10], b.x)
+
+
+def test_noise_comes_directly_after_samples_of_any_length():
+    made = dataclasses.replace(make_data([1, 2, 9], channels=1), noise=7)
+    for batch in data.eval_batches(made.train, made, 4):
+        for x, i, length in zip(batch.x, batch.targets, batch.lengths, strict=True):
+            own = (1, 2, 9)[i]
+            assert length == own + 7
+            assert len(x) == (8, 16, 16)[i]
+            assert np.all((x[own:length] > 0) & (x[own:length] < 1))
+            assert np.all(x[length:] == 0)
