@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ref import Error, backend, hope, network
+from ref import Error, backend, hope, network, transformer
 
 ROUNDS = 9
 PAUSE = 0.05  # seconds before each call: idle threads of the candidate before it spin for a while
@@ -296,6 +296,33 @@ def _ssm_benches(model):
     }
 
 
+# Transformer
+
+
+def transformer_block(xp, against=None, small=False, bidirectional=False):
+    """The block at (B, L, D) = (8, 1024, 128), 4 heads, forward and backward, float32"""
+    shape = (1, 16, 8) if small else (8, 1024, 128)
+    rng = np.random.default_rng(0)
+    cfg = transformer.Config(d_model=shape[2], bidirectional=bidirectional)
+    params = transformer.block_init(cfg, rng)
+    params = {name: backend.to_device(p, xp) for name, p in params.items()}
+    x, dy = backend.to_device(rng.standard_normal((2, *shape)).astype("float32"), xp)
+
+    def ours():
+        _, cache = transformer.block_forward(params, x, cfg)
+        return transformer.block_backward(dy, cache)
+
+    def theirs(form):
+        p, (own,), (dout,) = _tensors(params, True), _tensors((x,), True), _tensors((dy,), False)
+        block, grad = _twins().transformer_block, _torch().autograd.grad
+        inputs = (own, *p.values())
+        return lambda: grad(block(p, own, cfg.n_heads, cfg.causal, form), inputs, dout)
+
+    forms = _forms("transformer", against)
+    return {"ours": ours}, {title: theirs(form) for title, form in forms.items()}
+
+
+_BLOCK = "block, forward + backward, (8, 1024, 128), 4 heads"
 BENCHES = {
     "hope": {
         "HOPE, sampling, forward + backward, D 256, L 2048, n 64": hope_sampling,
@@ -303,4 +330,10 @@ BENCHES = {
     },
     "s4": _ssm_benches("s4"),
     "s4d": _ssm_benches("s4d"),
+    "transformer": {
+        f"Transformer, causal, {_BLOCK}": transformer_block,
+        f"Transformer, bidirectional, {_BLOCK}": functools.partial(
+            transformer_block, bidirectional=True
+        ),
+    },
 }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ref import Error, backend, bench, hope, s4, s4d
+from ref import Error, backend, bench, hope, s4, s4d, transformer
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra `peers`)")
 import torch_twins as twins  # noqa: E402
@@ -151,6 +151,26 @@ def against_float64(module, case, bounds):
     compare(ours(module, *case), exact, bounds[name] if readable_hope else OURS)
     for form in FORMS[module]:
         compare(theirs(module, *case, form), exact, bounds[name])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-12), ("float32", 1e-5)])
+def test_transformer(bidirectional, dtype, bound):
+    rng = np.random.default_rng(0)
+    cfg = transformer.Config(d_model=12, n_heads=3, block=8, bidirectional=bidirectional)
+    params = transformer.block_init(cfg, rng, "float64")
+    params = {n: (p + 0.1 * rng.standard_normal(p.shape)).astype(dtype) for n, p in params.items()}
+    x, dy = rng.standard_normal((2, 2, 21, 12)).astype(dtype)
+    y, cache = transformer.block_forward(params, x, cfg)
+    dx, grads = transformer.block_backward(dy, cache)
+    p = {n: torch.from_numpy(a.copy()).requires_grad_() for n, a in params.items()}
+    own = torch.from_numpy(x.copy()).requires_grad_()
+    for form in twins.TRANSFORMER_FORMS:
+        out = twins.transformer_block(p, own, 3, cfg.causal, form)
+        gradients = torch.autograd.grad(out, (own, *p.values()), torch.from_numpy(dy))
+        found = {"y": out, "dx": gradients[0]} | dict(zip(p, gradients[1:], strict=True))
+        found = {name: t.detach().numpy() for name, t in found.items()}
+        compare(found, {"y": y, "dx": dx} | grads, bound)
 
 
 @pytest.mark.parametrize("model", bench.BENCHES)

@@ -261,3 +261,36 @@ class S4Recomputed(torch.autograd.Function):
 
 
 S4_FORMS = {"materialised": s4_materialised, "recomputed": S4Recomputed.apply}
+
+
+# Transformer
+
+
+def transformer_block(p, x, heads, causal, form):
+    """x (B, L, D) -> y (B, L, D), pre-LN; form: fused (PyTorch's own attention) or softmax"""
+    D = x.shape[2]
+    a = torch.nn.functional.layer_norm(x, (D,), p["norm1_weight"], p["norm1_bias"])
+    qkv = torch.nn.functional.linear(a, p["W_qkv"], p["b_qkv"])
+    q, k, v = qkv.unflatten(2, (3, heads, D // heads)).permute(2, 0, 3, 1, 4)
+    o = TRANSFORMER_FORMS[form](q, k, v, causal).transpose(1, 2).flatten(2)
+    x = x + torch.nn.functional.linear(o, p["W_o"], p["b_o"])
+    a = torch.nn.functional.layer_norm(x, (D,), p["norm2_weight"], p["norm2_bias"])
+    a = torch.nn.functional.linear(a, p["W_1"], p["b_1"])
+    a = torch.nn.functional.gelu(a, approximate="tanh")
+    return x + torch.nn.functional.linear(a, p["W_2"], p["b_2"])
+
+
+def attention_fused(q, k, v, causal):
+    """q, k, v (B, H, L, d) -> (B, H, L, d)"""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def attention_softmax(q, k, v, causal):
+    """The same with the table of weights (B, H, L, L)"""
+    S = (q * q.shape[3] ** -0.5) @ k.mT
+    if causal:
+        S = S + torch.full_like(S[0, 0], -math.inf).triu(1)
+    return S.softmax(-1) @ v
+
+
+TRANSFORMER_FORMS = {"fused": attention_fused, "softmax": attention_softmax}
