@@ -154,6 +154,11 @@ def network_config(settings, data):
         fitted["l_max"] = data.max_length
     own = {field.name for field in fields(layer)}
     layer = replace(layer, **{name: value for name, value in fitted.items() if name in own})
+    if getattr(layer, "l_max", data.max_length) < data.max_length:
+        raise Error(
+            f"--l-max {layer.l_max} is below the {data.max_length} steps of {data.name}; "
+            "leave it out to have it follow the data."
+        )
     return network.Config(
         model=settings["model"],
         layer=layer,
@@ -237,7 +242,7 @@ def describe(settings, params, cfg, recipe, data, total, xp):
     length = f"{total:,}" if math.isfinite(total) else f"in {settings['minutes']:g} minutes as many"
     print(f"{settings['model']} on {data.name} ({sizes}; {data.source})")
     print(
-        f"{count:,} parameters, {settings['dtype']}, at most about {megabytes:,.0f} MiB a step, "
+        f"{count:,} parameters, {settings['dtype']}, about {megabytes:,.1f} MiB a step, "
         f"{backend.device_name(xp)}, seed {settings['seed']}"
     )
     print(
@@ -267,6 +272,7 @@ def draw_curves(out):
 
 # Command line
 
+FITTED = ("context", "depth")  # fields of a layer that follow from data set and recipe
 CHANGEABLE = ("device", "threads", "minutes", "data_dir")  # when a run is resumed
 
 
@@ -274,7 +280,14 @@ def main(arguments=None):
     """-> exit code: 0, 2 for wrong usage, 1 for everything else that failed"""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     backend.keep_freed_memory()
-    return run_command(command(named(arguments, "--model")), arguments, "train.py")
+    return run_command(Training("train"), arguments, "train.py")
+
+
+class Training(click.Command):
+    """The command whose options are those of the model that is named on the command line"""
+
+    def main(self, args, **kwargs):
+        return command(named(args, "--model")).main(args, **kwargs)
 
 
 def command(model):
@@ -301,7 +314,7 @@ def command(model):
             metavar="FOLDER",
             help="Folder of the data. [$REF_DATA_DIR or the user's cache]",
         ),
-        option(["--max-length"], metavar="INTEGER", type=click.IntRange(1), help=cut),
+        option(["--max-length"], metavar="INTEGER", type=click.IntRange(2), help=cut),
         option(["--download"], is_flag=True, help="Fetch data files that are missing."),
         option(["--out"], metavar="FOLDER", help="Folder of the run. [runs/MODEL-DATA-SEED]"),
         option(["--resume"], metavar="RUN", help=resume),
@@ -313,7 +326,7 @@ def command(model):
     layers = [network.model_module(name).Config for name in models]
     return click.Command(
         "train",
-        params=options + options_of(presets.Recipe, *layers),
+        params=options + options_of(presets.Recipe, *layers, without=FITTED),
         callback=_train,
         context_settings={"max_content_width": 100},
         help="""Train a model on a data set.

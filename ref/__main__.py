@@ -24,6 +24,8 @@ def _model_command(*args, **kwargs):
     class ModelCommand(click.Command):
         def get_params(self, context):
             models = [m for m in all_named(sys.argv, "--model") if m in network.MODELS]
+            if len(models) > 1 and self.name != "plot":
+                raise click.UsageError(f"{self.name} takes one --model.")
             configs = [network.model_module(m).Config for m in models or network.MODELS[:1]]
             return super().get_params(context) + options_of(*configs)
 
@@ -32,6 +34,16 @@ def _model_command(*args, **kwargs):
 
 def _given(settings):
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _check_config(model, settings):
+    """UsageError for settings that the model's Config refuses"""
+    module = network.model_module(model)
+    known = module.Config.__dataclass_fields__
+    try:
+        module.Config(**{name: value for name, value in settings.items() if name in known})
+    except Error as e:
+        raise click.UsageError(str(e)) from e
 
 
 model_option = click.option(
@@ -92,11 +104,13 @@ def _line(row):
 @click.option("--part", required=True, help="operator, mixer, block or network.")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option("--precision", default="float64", help="float64, float32, float16 or bfloat16.")
-@click.option("--batch", "-B", default=2, help="Batch size.")
-@click.option("--length", "-L", default=24, help="Sequence length.")
+@click.option("--batch", "-B", default=2, type=click.IntRange(1), help="Batch size.")
+@click.option("--length", "-L", default=24, type=click.IntRange(1), help="Sequence length.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of inputs and parameters.")
 def case(model, part, output, precision, batch, length, seed, **settings):
     """Write a case from the reference, for another implementation to be checked against.
+
+    The last options are the fields of the Config of --model (without it, of hope).
 
     Example: python -m ref case --model hope --part mixer --conv causal --d-model 8 -o
     case.safetensors
@@ -108,6 +122,7 @@ def case(model, part, output, precision, batch, length, seed, **settings):
     fields = network.model_module(model).Config.__dataclass_fields__
     usual = {name: n for name, n in {"d_model": 8, "d_state": 16}.items() if name in fields}
     settings = usual | _given(settings)
+    _check_config(model, settings)
     made = cases.make_case(model, part, settings, batch, length, precision, seed)
     cases.write_case(output, made)
     print(f"{output}: {model} {part}, {precision}, {len(made.tensors)} tensors")
@@ -141,10 +156,13 @@ def gradcheck(models, seed):
 def info(model, length, **settings):
     """Parameters, state, operations and bytes per token of a model's block.
 
+    The last options are the fields of the Config of --model (without it, of hope).
+
     Example: python -m ref info --model hope --conv causal --d-model 128
     """
     from ref import info
 
+    _check_config(model, _given(settings))
     print(info.describe(model, _given(settings), length))
 
 
@@ -170,6 +188,8 @@ def plot(run, models, what, length, seed, output, **settings):
     """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of
     models as initialised.
 
+    The last options are the fields of the Config of --model (without it, of hope).
+
     Example: python -m ref plot --model hope --model s4 --model s4d --what hankel
     """
     from ref import plots
@@ -177,6 +197,8 @@ def plot(run, models, what, length, seed, output, **settings):
     if (run is None) == (not models):
         raise click.UsageError("give either the folder of a run or --model.")
     output = output or (run or Path()) / f"{what}.png"
+    for model in models:
+        _check_config(model, _given(settings))
     plots.draw(what, run, models, _given(settings), length, seed, output)
     print(output)
 

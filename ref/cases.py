@@ -193,8 +193,15 @@ def part_config(case, module):
             f"the setting {sorted(unknown)[0]!r} is not one of {case.model}'s {case.part}; "
             f"it has: {', '.join(sorted(known - {'note'}))}."
         )
+    _check_kinds(
+        case.settings, module.Config, *([network.Config] if case.part == "network" else [])
+    )
     settings = {n: v for n, v in case.settings.items() if n in layer_fields | published}
     params = case.of("param.")
+    if case.settings.get("n_layers", 0) > max(1, len(params)):
+        raise Error(
+            f"n_layers={case.settings['n_layers']}, but there are {len(params)} parameters."
+        )
     try:
         layer = module.config_of(settings, params, case.part)
         if case.part != "network":
@@ -209,10 +216,24 @@ def part_config(case, module):
         own |= {"tokens": tokens, "d_input": weight.shape[0 if tokens else 1]}
         own.setdefault("d_output", len(params.get(names["decoder.weight"], weight)))
         return network.Config(case.model, layer, **own)
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, IndexError, ValueError) as e:
         raise Error(
-            f"the case's settings and parameters do not describe a {case.part}: {e}."
+            f"the case's settings and parameters do not describe a {case.part}: {e} is missing or "
+            "has another form."
         ) from e
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _check_kinds(settings, *configs):
+    """Error when a setting is not of its field's type"""
+    kinds = {f.name: f.type for config in configs for f in dataclasses.fields(config)}
+    for name, value in settings.items():
+        kind = kinds.get(name, type(value))
+        whole = kind is float and type(value) is int
+        if kind in _KINDS and type(value) is not kind and not whole:
+            raise Error(f"the setting {name}={value!r}: expected {_KINDS[kind]}.")
 
 
 def compute(case):
@@ -245,6 +266,8 @@ def _check_sources(case, part, sources):
     for name in sorted(given.keys() - template.keys()):
         raise Error(f"param.{name} is not a parameter of {case.model}'s {case.part} here.")
     for name, expected in template.items():
+        if expected.dtype.kind == "i" and given[name].size == 1:
+            continue  # a number, with an axis or without
         if given[name].shape != expected.shape:
             shapes = f"{given[name].shape}; expected {expected.shape}"
             raise Error(f"param.{name} has the shape {shapes}.")
@@ -425,6 +448,10 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
 def _free_config(case, module):
     """The Config of a case that has no tensors yet"""
     layer_fields = {f.name for f in dataclasses.fields(module.Config)}
+    _check_kinds(case.settings, module.Config, network.Config)
+    known = layer_fields | {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
+    if unknown := sorted(case.settings.keys() - known):
+        raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s {case.part}.")
     layer = module.Config(**{n: v for n, v in case.settings.items() if n in layer_fields})
     if case.part != "network":
         return layer

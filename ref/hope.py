@@ -372,7 +372,8 @@ def impulse_response(params, cfg, L):
 
 
 def matrix(params, cfg, x=None, L=None):
-    """The operator as a matrix, y_t = Σ_s M[t, s] u_s.   -> M (1, D, L, L)"""
+    """The operator as a matrix, y_t = Σ_s M[t, s] u_s, for L or x's length.   -> M (1, D, L, L)"""
+    L = ssm.length_of(x, L)
     k, D = impulse_response(params, cfg, L), params["D"]
     xp = array_module(D)
     t = xp.arange(L)

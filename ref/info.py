@@ -82,10 +82,12 @@ def _ssm_costs(cfg, L):
     D, N, directions = cfg.d_model, cfg.d_state, 2 if cfg.bidirectional else 1
     fft = 2.5 * 2 * L * math.log2(2 * L)
     costs = {"projection and gate": 4 * D * D + 20 * D, "norm, residual, skip": 10 * D}
+    low_rank = hasattr(cfg, "l_max")
     if cfg.causal:
-        costs["one step of the recurrence, instead of the two below"] = 7 * N * D
+        step = (20 if low_rank else 7) * N * D
+        costs["one step of the recurrence, instead of the two below"] = step
     kernel = 2 * N * D * directions
-    if hasattr(cfg, "l_max"):
+    if low_rank:
         nodes = (cfg.l_max or L) // 2 + 1
         kernel = (15 + 8 * (2 * directions + 2)) * N / 2 * D * nodes / L
     costs["kernel, divided by the batch size"] = kernel

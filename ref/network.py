@@ -51,6 +51,10 @@ class Config:
                 f"n_layers={self.n_layers}, d_input={self.d_input}, d_output={self.d_output}: "
                 "expected at least 1 of each."
             )
+        if not isinstance(self.layer, model_module(self.model).Config):
+            raise Error(f"layer is {self.layer!r}: expected the Config of ref.{self.model}.")
+        if self.pool_from and self.decoder not in ("mean", "match"):
+            raise Error(f"pool_from={self.pool_from} is for decoder 'mean' or 'match'.")
         if self.positions < 0 or self.pool_from < 0:
             raise Error(
                 f"positions={self.positions}, pool_from={self.pool_from}: expected 0 or more."
@@ -232,6 +236,8 @@ def _check_input(x, cfg, lengths):
         raise Error(
             f"input has shape {tuple(x.shape)}; expected {expected} with B and L at least 1."
         )
+    if cfg.tokens and x.dtype.kind not in "iu":
+        raise Error(f"tokens have dtype {x.dtype}; expected integers.")
     if cfg.tokens:
         low, high = backend.item(x.min()), backend.item(x.max())
         if low < 0 or high >= cfg.d_input:
@@ -243,6 +249,11 @@ def _check_input(x, cfg, lengths):
         raise Error(f"the input is {L} long, but the network has {cfg.positions} positions.")
     if cfg.decoder == "match" and B % 2:
         raise Error(f"a batch of {B}: decoder='match' compares two documents, rows i and B + i.")
+    if lengths is not None and (lengths.shape != (B,) or lengths.dtype.kind not in "iu"):
+        raise Error(
+            f"lengths have shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
+            f"expected ({B},) integers."
+        )
     if lengths is None:
         shortest, longest = L, L
     else:

@@ -19,16 +19,20 @@ def all_named(arguments, option):
 
 
 def named(arguments, option):
-    """The first of them, or None"""
-    return next(iter(all_named(arguments, option)), None)
+    """The one of them, or None.   UsageError: there are several"""
+    values = all_named(arguments, option)
+    if len(values) > 1:
+        raise click.UsageError(f"{option} is given {len(values)} times; expected one.")
+    return values[0] if values else None
 
 
-def options_of(*configs):
+def options_of(*configs, without=()):
     """One click option for each field of the dataclasses (--d-model, --prenorm/--no-prenorm)
 
     It is absent unless given; a field that two of them have is one option.
     """
     fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
+    fields = {name: field for name, field in fields.items() if name not in without}
     return [_option(field) for field in fields.values() if field.type in (bool, int, float, str)]
 
 
@@ -51,6 +55,9 @@ def run_command(command, arguments, name):
     try:
         status = command.main(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as e:
+        e.show()
+        return 2
     except click.ClickException as e:
         e.ctx = None  # the sentence alone, without the usage lines
         e.show()

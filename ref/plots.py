@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import SymLogNorm
 
-from ref import Error, network
+from ref import Error, network, presets
 from ref.files import read_json, read_tensors, write_atomically
 
 
@@ -39,12 +39,14 @@ def draw(what, run, models, settings, length, seed, path):
     layers = trained_layers(run) if run else initial_layers(models, settings, length, seed)
     pictures = {}
     for title, (module, params, cfg) in layers.items():
+        length = min(length, getattr(cfg, "l_max", 0) or length)
         if what == "hankel":
             pictures[title] = module.hankel_values(params, cfg)
         elif what == "kernel":
             pictures[title] = module.impulse_response(params, cfg, length)
         else:
-            pictures[title] = module.matrix(params, cfg, L=length)[0]
+            x = np.random.default_rng(seed).standard_normal((1, length, cfg.d_model))
+            pictures[title] = module.matrix(params, cfg, x, length)[0]  # attention's depends on x
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
 
 
@@ -59,17 +61,26 @@ def initial_layers(models, settings, length, seed):
         if getattr(cfg, "l_max", None) == 0:
             cfg = dataclasses.replace(cfg, l_max=length)
         params = module.block_init(cfg, np.random.default_rng(seed), "float64")
-        layers[f"{model} at initialisation"] = module, params, cfg
+        usual = module.Config()
+        own = [f"{n} {v}" for n, v in settings.items() if n in own and v != getattr(usual, n)]
+        layers[", ".join([f"{model} at initialisation", *own])] = module, params, cfg
     return layers
 
 
 def trained_layers(run):
     """-> {title: (module, params, cfg)} of a run's blocks"""
-    settings = read_json(run / "config.json")
+    settings = presets.read_settings(run / "config.json")
     module = network.model_module(settings["model"])
     tensors, _ = read_tensors(run / "checkpoint.safetensors")
     params = {n[6:]: t.astype("float64") for n, t in tensors.items() if n.startswith("param.")}
     cfg, layers = module.Config(**settings["layer"]), range(settings["recipe"]["n_layers"])
+    expected = module.block_init(cfg, np.random.default_rng(0), "float64")
+    for name, p in expected.items():
+        found = params.get(f"blocks.{name}", np.zeros(0)).shape
+        if found != (len(layers), *p.shape):
+            raise Error(
+                f"{run}: the checkpoint and config.json are not of one run: {name} {found}."
+            )
     name = settings["model"]
     return {f"{name}, layer {i}": (module, network.layer_params(params, i), cfg) for i in layers}
 
@@ -85,12 +96,12 @@ def curves(run, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for axis, name in ((left, "loss"), (right, "accuracy")):
         steps = np.array([entry["step"] for entry in train])
-        values = np.array([entry[name] for entry in train])
+        values = np.array([entry.get(name, np.nan) for entry in train])
         width = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(width) / width, "valid") if len(values) else values
         axis.plot(steps, values, color="tab:blue", alpha=0.25, lw=0.8)
         axis.plot(steps[len(steps) - len(smooth) :], smooth, color="tab:blue", label="training")
-        points = [entry[f"valid_{name}"] for entry in valid]
+        points = [entry.get(f"valid_{name}", np.nan) for entry in valid]
         axis.plot(
             [entry["step"] for entry in valid], points, "o-", color="tab:orange", label="validation"
         )
@@ -127,6 +138,9 @@ def kernel(layers, path):
         right.set(title=title, xlabel="t", ylabel="RMS over channels")
         left.legend(fontsize="small")
         right.grid(alpha=0.3)
+    bottom, top = (f(row[1].get_ylim()[i] for row in rows) for i, f in enumerate((min, max)))
+    for _, right in rows:  # side by side means on one scale
+        right.set_ylim(max(bottom, 1e-8 * top), top)
     figure.tight_layout()
     _save(figure, path)
 

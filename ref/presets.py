@@ -85,6 +85,7 @@ class Recipe:
         ):
             if not getattr(self, name) >= 0:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
+        check_choice("decoder", self.decoder, ("auto", *network.DECODERS))
         if self.steps and self.epochs:
             raise Error(f"steps={self.steps} and epochs={self.epochs}: give one of the two.")
 

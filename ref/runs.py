@@ -229,24 +229,29 @@ class Budget:
 
 
 def memory_estimate(params, cfg, batch_size, length):
-    """Bytes of a training step on the longest batch
+    """Bytes that a training step on the longest batch holds: four times the parameters, and what
+    the forward pass keeps
 
-    Four times the parameters, and the activations in proportion to those of short samples: what one
-    more of them adds, times the batch size, and the kernels, which a batch shares.
+    Found from short sequences, one and two of them: a sample's own part grows with its length; the
+    kernels, which a batch shares, may or may not.
     """
     own = {id(p.base if p.base is not None else p) for p in params.values()}
-    documents = 2 if cfg.decoder == "match" else 1
-    short, cfg = min(64, length), dataclasses.replace(cfg, pool_from=0)
+    documents, cfg = 2 if cfg.decoder == "match" else 1, dataclasses.replace(cfg, pool_from=0)
 
-    def activations(samples):
-        shape = (samples * documents, short) if cfg.tokens else (samples, short, cfg.d_input)
+    def kept(samples, L):
+        shape = (samples * documents, L) if cfg.tokens else (samples, L, cfg.d_input)
         x = np.zeros(shape, "int32" if cfg.tokens else params["encoder.weight"].dtype)
         _, cache = network.forward(params, x, cfg, rng=np.random.default_rng(0))
         return sum(nbytes for key, nbytes in _arrays(cache).items() if key not in own)
 
-    one, two = activations(1), activations(2)
-    total = (2 * one - two) + (two - one) * batch_size
-    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * total * length / short
+    short = min(64, length)
+    half = max(1, short // 2)
+    sample = kept(2, short) - kept(1, short)
+    shared, of_half = kept(1, short) - sample, 2 * kept(1, half) - kept(2, half)
+    growth = max(0, shared - of_half) / max(1, short - half)
+    kernels = shared + growth * (length - short)
+    total = kernels + sample * batch_size * length / short
+    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * total
 
 
 def _arrays(tree):

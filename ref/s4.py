@@ -187,8 +187,8 @@ def kernel_forward(params, L, cfg):
     nodes = cfg.l_max or L
     if nodes < L:
         raise Error(
-            f"C~ is made for l_max={nodes} and the sequence has {L}; "
-            "s4.double_length(params, cfg) makes it for twice as many."
+            f"C~ is made for the length l_max={nodes}, and a length of {L} was asked for "
+            "(in Python, s4.double_length makes it for twice as many)."
         )
     C, B, P, poles, dt = modes(params)
     v, products = products_forward(C, B, P)
@@ -317,7 +317,9 @@ def double_length(params, cfg):
 
 
 def _truncation(params, L):
-    """I - dA^L (D, N, N) and C with conjugates as rows (D, d, N)"""
+    """I - dA^L (D, N, N) and C with conjugates as rows (D, d, N).   Error: L below 1"""
+    if L < 1:
+        raise Error(f"C~ of the length {L}: expected at least 1. Give l_max, the length it is for.")
     dA, xp = dense(params)[0], array_module(params["C"])
     C = ssm.with_conjugates(ssm.as_complex(params["C"].astype("float64")))
     power = xp.linalg.matrix_power(dA, L)
@@ -369,10 +371,12 @@ def operator_step(params, x_t, state, cfg):
 def recurrence(params, cfg, form="dense"):
     """(3) for `recurrence_step`.   -> dA, dB, C; form dense: dA (D, N, N); diagonal: dA (D, N)
 
-    The eigenvectors of HiPPO-LegS are ill conditioned: the diagonal form loses about a digit for
-    every two states, and is of use for small N only. float64 inside.
+    The eigenvectors of HiPPO-LegS are ill conditioned: the diagonal form is right to 1e-11 for
+    N = 8, 1e-5 for N = 16 and not at all for N = 32. float64 inside.   Error: it is not causal
     """
     check_choice("form", form, ("dense", "diagonal"))
+    if not cfg.causal:
+        raise Error("bidirectional=True sees all of a sequence: no recurrent step.")
     dA, dB, A = dense(params)
     C = ssm.with_conjugates(ssm.as_complex(output_matrix(params, cfg.l_max)[0]))
     if form == "dense":
@@ -405,8 +409,9 @@ def impulse_response(params, cfg, L):
 
 
 def matrix(params, cfg, x=None, L=None):
-    """The operator as a matrix, y_t = Σ_s M[t, s] u_s.   -> M (1, D, L, L)"""
-    return ssm.toeplitz(kernel_forward(params, L, cfg)[0], params["D"])[None]
+    """The operator as a matrix, y_t = Σ_s M[t, s] u_s, for L or x's length.   -> M (1, D, L, L)"""
+    k, _ = kernel_forward(params, ssm.length_of(x, L), cfg)
+    return ssm.toeplitz(k, params["D"])[None]
 
 
 def hankel_values(params, cfg):
@@ -444,9 +449,9 @@ PUBLISHED_SETTINGS = ("dt_transform", "rank")
 def from_published(tensors, cfg, part):
     """The published state dict of `part` -> params; B, P and D have one more axis there, and log_dt
     is a column.   Error: its l_kernel is not l_max"""
-    for name, length in tensors.items():
-        if name.endswith("l_kernel") and cfg.l_max and backend.item(length[0]) != cfg.l_max:
-            raise Error(f"{name} is {backend.item(length[0])}, but l_max is {cfg.l_max}.")
+    for name, length in tensors.items():  # () in the published code, (1,) where a file wants axes
+        if name.endswith("l_kernel") and cfg.l_max and backend.item(length) != cfg.l_max:
+            raise Error(f"{name} is {backend.item(length)}, but l_max is {cfg.l_max}.")
     params = block.from_published(tensors, PUBLISHED[part])
     params |= {name: params[name][0] for name in ("B", "P", "D") if name in params}
     return params | ({"log_dt": params["log_dt"][:, 0]} if "log_dt" in params else {})
@@ -476,7 +481,7 @@ def config_of(settings, tensors, part):
     if (found := settings.pop("dt_transform", "exp")) != "exp":
         raise Error(f"dt_transform={found!r}: S4 is here with dt_transform='exp'.")
     names = {name.rpartition(".")[2]: t for name, t in tensors.items()}
-    if "A_real" in names:
+    if "A_real" in names and names["A_real"].ndim == 2:
         D, n = names["A_real"].shape
         settings |= {"d_model": D, "d_state": 2 * n}
     return Config(**settings)

@@ -286,8 +286,9 @@ def impulse_response(params, cfg, L):
 
 
 def matrix(params, cfg, x=None, L=None):
-    """The operator as a matrix, y_t = Σ_s M[t, s] u_s.   -> M (1, D, L, L)"""
-    return ssm.toeplitz(kernel_forward(params, L, cfg)[0], params["D"])[None]
+    """The operator as a matrix, y_t = Σ_s M[t, s] u_s, for L or x's length.   -> M (1, D, L, L)"""
+    k, _ = kernel_forward(params, ssm.length_of(x, L), cfg)
+    return ssm.toeplitz(k, params["D"])[None]
 
 
 def hankel_values(params, cfg):
@@ -327,7 +328,7 @@ def to_published(params, cfg, part):
 def config_of(settings, tensors, part):
     """The Config of a case: widths off its published tensors' shapes, the rest from its settings"""
     names = {name.rpartition(".")[2]: t for name, t in tensors.items()}
-    if "log_A_real" in names:
+    if "log_A_real" in names and names["log_A_real"].ndim == 2:
         D, n = names["log_A_real"].shape
         settings = settings | {"d_model": D, "d_state": 2 * n}
     return Config(**settings)

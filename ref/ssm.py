@@ -3,7 +3,7 @@ singular values, complex parameters as pairs of real numbers."""
 
 import numpy as np
 
-from ref import nn
+from ref import Error, nn
 from ref.backend import array_module, item
 
 
@@ -66,6 +66,13 @@ def convolution_backward(dy, cache):
 def two_sided(k):
     """k (2, D, L) -> (D, 2L-1), lag 0 at index L-1"""
     return array_module(k).concatenate([k[1, :, :-1][:, ::-1], k[0]], axis=1)
+
+
+def length_of(x, L):
+    """L, or if it is None the length of x (B, L, D).   Error: both are"""
+    if L is None and x is None:
+        raise Error("give L, the length of the sequence, or x (B, L, D).")
+    return x.shape[1] if L is None else L
 
 
 def toeplitz(k, D):

@@ -496,7 +496,11 @@ def load_gpt2(path, n_heads=None):
         sizes |= {"norm_eps": settings.get("layer_norm_epsilon", nn.EPS), "layout": "transformers"}
         cfg = network.Config("transformer", layer, **network_settings(sizes, tensors))
     except (KeyError, TypeError, ValueError) as e:
-        raise Error(f"{path} is no GPT-2 checkpoint: {e}.") from e
+        raise Error(f"{path} is no GPT-2 checkpoint: {e} is missing or has another form.") from e
+    own = {"n_layer": cfg.n_layers, "n_embd": D, "vocab_size": V, "n_positions": P}
+    for name, size in own.items():
+        if settings.get(name, size) != size:
+            raise Error(f"{beside}: {name}={settings[name]!r}, but {path} has {size}.")
     _check_gpt2(tensors, cfg, path)
     return network.from_published(tensors, cfg), cfg
 
@@ -525,6 +529,8 @@ def _check_gpt2(tensors, cfg, path):
         names = PUBLISHED["block"].items()
         expected |= {f"transformer.h.{i}.{theirs}": own[ours][::-1] for ours, theirs in names}
     for name in sorted(expected.keys() | tensors.keys()):
-        found, wanted = getattr(tensors.get(name), "shape", "missing"), expected.get(name, "none")
-        if found != wanted:
-            raise Error(f"{path}: {name} has the shape {found}; expected {wanted}.")
+        if name not in tensors:
+            raise Error(f"{path}: {name} {expected[name]} is missing.")
+        if tensors[name].shape != (wanted := expected.get(name)):
+            found = f"{name} has the shape {tensors[name].shape}"
+            raise Error(f"{path}: {found}; expected {wanted or 'no tensor of that name'}.")

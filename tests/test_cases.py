@@ -196,6 +196,35 @@ def test_bad_files_get_their_sentence(tmp_path):
         cases.read_case(path)
 
 
+def test_settings_and_parameters_of_the_wrong_kind():
+    case = cases.make_case("s4", "network", {"d_model": 3, "d_state": 4}, L=9)
+    A_real = next(name for name in case.tensors if name.endswith("1.kernel.A_real"))
+    for settings, tensors, sentence in (
+        ({"l_max": 9.0}, {}, "l_max=9.0: expected an integer"),
+        ({"bidirectional": 1}, {}, "bidirectional=1: expected true or false"),
+        ({"n_layers": 10**9}, {}, "n_layers=1000000000, but there are"),
+        ({}, {A_real: np.zeros(4)}, "expected \\(3, 2\\)"),
+        ({}, {"in.lengths": np.array([1, 2, 3])}, "expected \\(2,\\) integers"),
+        ({}, {"in.lengths": np.array([1.0, 2.0])}, "expected \\(2,\\) integers"),
+    ):
+        other = dataclasses.replace(
+            case, settings=case.settings | settings, tensors=case.tensors | tensors
+        )
+        with pytest.raises(Error, match=sentence):
+            cases.verify(other)
+    for settings in ({"foo": 0}, {"d_model": "4"}, {"bidirectional": "yes"}):
+        with pytest.raises(Error, match="the setting"):
+            cases.make_case("s4", "network", settings)
+
+
+def test_a_buffer_may_have_an_axis_or_none():
+    case = cases.make_case("s4", "operator", {"d_model": 3, "d_state": 4}, L=9)
+    for shape in ((), (1,)):
+        length = case.tensors["param.kernel.l_kernel"].reshape(shape)
+        tensors = case.tensors | {"param.kernel.l_kernel": length}
+        assert all(row.ok for row in cases.verify(dataclasses.replace(case, tensors=tensors)))
+
+
 def test_settings_that_do_not_fit(tmp_path):
     case = made()
     for changes, sentence in (

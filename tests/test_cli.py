@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ref import Error
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted(str(p) for p in (ROOT / "tests" / "golden").glob("hope_*.safetensors"))
 
@@ -58,12 +60,17 @@ def test_wrong_usage(tmp_path):
         ("plot", "--what", "hankel"),
         ("gradcheck", "mumba"),
         ("info",),
+        (),
+        ("info", "--model", "s4", "--model", "s4d"),
+        ("info", "--model", "s4", "--d-state", 3),
+        ("case", "--model", "hope", "--part", "mixer", "--conv", "cyclic", "-o", path),
+        ("plot", "--model", "transformer", "--n-heads", 3, "--what", "matrix"),
     ):
         ref(*arguments, expect=2)
     for arguments in (
         ("case", "--model", "hope", "--part", "scan", "-o", path),
         ("case", "--model", "hope", "--part", "mixer", "--precision", "float8", "-o", path),
-        ("case", "--model", "hope", "--part", "mixer", "--conv", "cyclic", "-o", path),
+        ("case", "--model", "s4", "--part", "mixer", "--l-max", 8, "-L", 9, "-o", path),
         ("case", "--model", "hope", "--part", "mixer", "-o", path / "below" / "file"),
         ("plot", tmp_path / "no-run", "--what", "curves"),
         ("plot", "--model", "hope", "--what", "curves"),
@@ -85,7 +92,7 @@ def test_help_has_examples():
 
 
 def test_gradcheck_reports_every_pair():
-    out = ref("gradcheck")
+    out = ref("gradcheck", "nn", "hope")
     assert "FAIL" not in out and "nn layer_norm" in out and "hope block" in out
     assert "FAIL" not in ref("gradcheck", "nn", REF_PLAIN="1")
 
@@ -117,3 +124,32 @@ def test_plots_of_a_model(what, tmp_path):
     for options in (("--conv", "causal"), ("--bidirectional",)):
         ref("plot", "--model", "hope", "--what", what, "-L", 32, "-o", tmp_path / "p.png", *options)
         assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_models_side_by_side(tmp_path):
+    plots = pytest.importorskip("ref.plots", reason="matplotlib is not installed")
+    models, settings = ("hope", "s4", "s4d"), {"d_model": 3, "d_state": 8, "init": "legs"}
+    layers = plots.initial_layers(models, settings, 20, 0)
+    assert list(layers) == [
+        "hope at initialisation, d_model 3, d_state 8",
+        "s4 at initialisation, d_model 3, d_state 8",
+        "s4d at initialisation, d_model 3, d_state 8, init legs",
+    ]
+    assert layers["s4 at initialisation, d_model 3, d_state 8"][2].l_max == 20
+    path = tmp_path / "p.png"
+    for what in ("hankel", "kernel"):
+        plots.draw(what, None, models, settings, 20, 0, path)
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    plots.draw("matrix", None, ("transformer", "s4"), {"d_model": 4}, 20, 0, path)
+    with pytest.raises(Error, match="no kernel to show"):
+        plots.draw("kernel", None, ("transformer",), {}, 20, 0, path)
+
+
+def test_plots_of_a_folder_that_is_no_whole_run(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: nothing is drawn")
+    for content in ("{}", "[1, 2]", '{"model": "s4"}'):
+        (tmp_path / "config.json").write_text(content)
+        out = ref("plot", tmp_path, "--what", "kernel", expect=1)
+        assert "config.json" in out
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n')
+    ref("plot", tmp_path, "--what", "curves")

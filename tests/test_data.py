@@ -548,9 +548,11 @@ def check_release(loaded, trees):
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
-def test_the_release_is_read(load, tmp_path, release, end):
-    write_release(tmp_path, release, end)
-    text = (tmp_path / "basic_test.tsv").read_text()
+@pytest.mark.parametrize("place", [".", "listops", "lra_release/listops-1000"])
+def test_the_release_is_read(load, tmp_path, release, end, place):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    write_release(tmp_path / place, release, end)
+    text = (tmp_path / place / "basic_test.tsv").read_text()
     assert text.startswith("Source\tTarget\n( ( ( ")
     loaded, was_generated = load()
     assert not was_generated

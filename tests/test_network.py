@@ -162,11 +162,19 @@ def test_bad_input_gets_its_sentence():
         (x[:, :0], None, "at least 1"),
         (x, np.array([0, 5]), "lengths must lie between 1 and 5"),
         (x, np.array([5, 6]), "lengths must lie between 1 and 5"),
+        (x, np.array([5]), "expected \\(2,\\) integers"),
+        (x, np.array([5.0, 5.0]), "expected \\(2,\\) integers"),
+        (x + 0.5, None, "tokens have dtype float64"),
     ):
         with pytest.raises(Error, match=sentence):
             network.forward(params, wrong, cfg, lengths)
     for settings in (dict(n_layers=0), dict(decoder="lm"), dict(decoder="middle"), dict(tied=True)):
         with pytest.raises(Error):
             make(rng, **settings)
+    for wrong in (dict(pool_from=2, decoder="last"), dict(positions=-1)):
+        with pytest.raises(Error):
+            make(rng, decoder=wrong.pop("decoder", "mean"), more=wrong)
+    with pytest.raises(Error, match="expected the Config of ref"):
+        network.Config("s4", cfg.layer, 2, 9, 4)
     with pytest.raises(Error, match="model='hop' is not known"):
         network.model_module("hop")

@@ -137,10 +137,13 @@ def test_bad_combinations_get_their_sentence(call, folder, tmp_path):
         ("--data smnist --decoder match", "expected --decoder mean"),
         ("--data smnist --max-length 9", "max_length"),
         ("--data smnist-noise --preset paper", "no published recipe of hope on smnist-noise"),
+        ("--data smnist --model s4 --l-max 100", "--l-max 100 is below the 784 steps"),
+        ("--data smnist --decoder middle", "expected one of: auto, mean"),
         ("--data lra-image", "cifar-10-batches-bin"),
         ("--data lra-text", "aclImdb"),
     ):
-        start = ("--model", "hope", *wrong.split(), "--data-dir", folder, "--steps", "2")
+        model = () if "--model" in wrong else ("--model", "hope")
+        start = (*model, *wrong.split(), "--data-dir", folder, "--steps", "2")
         code, text = call(*start, "--out", tmp_path / "run")
         assert code in (1, 2) and sentence in text and "Traceback" not in text, text
         assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())

@@ -389,6 +389,16 @@ def test_bad_input_gets_its_sentence():
     cfg, params = layer(s4, rng)
     with pytest.raises(Error, match="needs l_max"):
         s4.state(params, cfg, 1)
+    for call in (lambda: s4.output_matrix(params, 0), lambda: s4.recurrence(params, cfg)):
+        with pytest.raises(Error, match="Give l_max"):
+            call()
+    with pytest.raises(Error, match="no recurrent step"):
+        s4.recurrence(params, replace(cfg, bidirectional=True, l_max=9))
+    for module in (s4, s4d):
+        own, p = layer(module, rng)
+        with pytest.raises(Error, match="give L"):
+            module.matrix(p, own)
+        assert module.matrix(p, own, np.zeros((1, 6, 5))).shape == (1, 5, 6, 6)
     with pytest.raises(Error, match="no length that could be doubled"):
         s4.double_length(params, cfg)
     with pytest.raises(Error, match="l_max >= 0"):

@@ -219,7 +219,7 @@ def test_what_it_prints_on_a_pipe(whole, tsv):
     assert "\r" not in text + err and "\x1b" not in text + err
     for expected in (
         "hope on lra-listops (200 train, 30 valid, 30 test; read from basic_train.tsv",
-        r"1,146 parameters, float32, at most about \d+ MiB a step, (cpu|cuda \(.*\)), seed 0",
+        r"1,146 parameters, float32, about \d+\.\d MiB a step, (cpu|cuda \(.*\)), seed 0",
         rf"{backend.threads()} threads, BLAS core type \w+, 14 steps of 8",
         r"to beat: majority class 0\.\d{4}, root operator alone 0\.\d{4}",
         r"step 8: validation loss \d\.\d{4}, accuracy \d\.\d{4}",
@@ -581,7 +581,7 @@ USAGE = {
     "--steps": "requires an argument",
     "--conv foo": "expected one of: circular, causal, identity",
     "--norm foo": "expected one of",
-    "--decoder foo": "expected one of: mean, last, match, lm",
+    "--decoder foo": "expected one of: auto, mean, last, match, lm",
     "--decoder lm": "language modelling needs a causal map",
     "--conv causal": "bidirectional",
     "--batch-size 0": "batch_size=0: expected at least 1",

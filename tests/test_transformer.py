@@ -498,8 +498,8 @@ def test_other_checkpoints_get_their_sentence(tmp_path):
             {"h.1.attn.c_attn.weight": wide},
             r"c_attn.weight has the shape \(8, 25\); expected \(8, 24",
         ),
-        ({"h.1.mlp.c_fc.bias": None}, r"h.1.mlp.c_fc.bias has the shape missing; expected \(32,\)"),
-        ({"h.0.extra": wide}, r"h.0.extra has the shape \(8, 25\); expected none"),
+        ({"h.1.mlp.c_fc.bias": None}, r"h.1.mlp.c_fc.bias \(32,\) is missing"),
+        ({"h.0.extra": wide}, r"h.0.extra has the shape \(8, 25\); expected no tensor"),
         ({"wte.weight": None}, "is no GPT-2 checkpoint"),
         ({"wpe.weight": wide[0]}, "is no GPT-2 checkpoint"),
         ({"h.first.extra": wide}, "is no GPT-2 checkpoint"),
@@ -516,6 +516,8 @@ def test_other_checkpoints_get_their_sentence(tmp_path):
         ({"layer_norm_epsilon": 1e-6}, "1e-06"),
         ({"n_head": 3}, "n_heads=3 does not divide d_model=8"),
         ({"n_head": "2"}, "is no GPT-2 checkpoint"),
+        ({"n_layer": 3}, "n_layer=3, but .* has 2"),
+        ({"n_positions": 1024}, "n_positions=1024, but .* has 10"),
         ([], "config.json"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings))
