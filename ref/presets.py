@@ -101,7 +101,7 @@ def preset(model, data, name):
     if name == "small":
         small = _recipes()["small"]
         own = small["model"].get(model, {}) | small["data"].get(data, {"epochs": 1.0})
-        return small["all"] | own
+        return small["all"] | own | small.get(model, {}).get(data, {})
     if data not in published(model):
         raise Error(
             f"there is no published recipe of {model} on {data} here; "
