@@ -524,7 +524,7 @@ def _find(folder, places, names, progress=False, download=False):
             f"It is part of {LRA_RELEASE} (a tar.gz of 7.7 GB without a published checksum), which "
             "has to be fetched and unpacked by hand;"
         )
-    found = "found none" if folder.is_dir() else "but there is no such folder"
+    found = "found none" if folder.is_dir() else f"found none: there is no folder {folder}"
     raise DataError(
         f"Expected {' or '.join(names)} in {' or '.join(map(str, folders))}, {found}. "
         f"{advice} name its folder with --data-dir."

@@ -280,14 +280,7 @@ def main(arguments=None):
     """-> exit code: 0, 2 for wrong usage, 1 for everything else that failed"""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     backend.keep_freed_memory()
-    return run_command(Training("train"), arguments, "train.py")
-
-
-class Training(click.Command):
-    """The command whose options are those of the model that is named on the command line"""
-
-    def main(self, args, **kwargs):
-        return command(named(args, "--model")).main(args, **kwargs)
+    return run_command(command(named(arguments, "--model")), arguments, "train.py")
 
 
 def command(model):

@@ -24,8 +24,7 @@ def _model_command(*args, **kwargs):
     class ModelCommand(click.Command):
         def get_params(self, context):
             models = [m for m in all_named(sys.argv, "--model") if m in network.MODELS]
-            if len(models) > 1 and self.name != "plot":
-                raise click.UsageError(f"{self.name} takes one --model.")
+            models = models if self.name == "plot" else models[-1:]  # elsewhere the last one holds
             configs = [network.model_module(m).Config for m in models or network.MODELS[:1]]
             return super().get_params(context) + options_of(*configs)
 

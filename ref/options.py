@@ -19,11 +19,8 @@ def all_named(arguments, option):
 
 
 def named(arguments, option):
-    """The one of them, or None.   UsageError: there are several"""
-    values = all_named(arguments, option)
-    if len(values) > 1:
-        raise click.UsageError(f"{option} is given {len(values)} times; expected one.")
-    return values[0] if values else None
+    """The last of them, which is the one that holds, or None"""
+    return next(reversed(all_named(arguments, option)), None)
 
 
 def options_of(*configs, without=()):

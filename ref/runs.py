@@ -246,8 +246,9 @@ def memory_estimate(params, cfg, batch_size, length):
 
     short = min(64, length)
     half = max(1, short // 2)
-    sample = kept(2, short) - kept(1, short)
-    shared, of_half = kept(1, short) - sample, 2 * kept(1, half) - kept(2, half)
+    one = kept(1, short)
+    sample = kept(2, short) - one
+    shared, of_half = one - sample, 2 * kept(1, half) - kept(2, half)
     growth = max(0, shared - of_half) / max(1, short - half)
     kernels = shared + growth * (length - short)
     total = kernels + sample * batch_size * length / short

@@ -61,7 +61,7 @@ def test_wrong_usage(tmp_path):
         ("gradcheck", "mumba"),
         ("info",),
         (),
-        ("info", "--model", "s4", "--model", "s4d"),
+        ("info", "--model", "s4d", "--model", "s4", "--init", "legs"),
         ("info", "--model", "s4", "--d-state", 3),
         ("case", "--model", "hope", "--part", "mixer", "--conv", "cyclic", "-o", path),
         ("plot", "--model", "transformer", "--n-heads", 3, "--what", "matrix"),
