@@ -39,14 +39,14 @@ def draw(what, run, models, settings, length, seed, path):
     layers = trained_layers(run) if run else initial_layers(models, settings, length, seed)
     pictures = {}
     for title, (module, params, cfg) in layers.items():
-        length = min(length, getattr(cfg, "l_max", 0) or length)
+        L = min(length, getattr(cfg, "l_max", 0) or length)
         if what == "hankel":
             pictures[title] = module.hankel_values(params, cfg)
         elif what == "kernel":
-            pictures[title] = module.impulse_response(params, cfg, length)
+            pictures[title] = module.impulse_response(params, cfg, L)
         else:
-            x = np.random.default_rng(seed).standard_normal((1, length, cfg.d_model))
-            pictures[title] = module.matrix(params, cfg, x, length)[0]  # attention's depends on x
+            x = np.random.default_rng(seed).standard_normal((1, L, cfg.d_model))
+            pictures[title] = module.matrix(params, cfg, x, L)[0]  # attention's depends on x
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
 
 
