@@ -10,12 +10,12 @@ import pytest
 
 import data as data_sets
 import train
-from ref import info, network, presets
+from ref import Error, info, network, presets
 from ref.files import read_tensors
 
 ROOT = Path(__file__).parent.parent
 RECIPES = tomllib.loads((ROOT / "ref" / "recipes.toml").read_text())
-TINY = ("--d-model", "6", "--n-layers", "2", "--batch-size", "4", "--threads", "1")
+TINY = ("--d-model", "6", "--n-layers", "2", "--batch-size", "4")
 
 
 def test_every_recipe_is_one():
@@ -123,6 +123,19 @@ def test_a_resumed_run_draws_the_same_noise(call, folder, tmp_path):
     )
     assert whole.keys() == cut.keys()
     assert all(np.array_equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_picture_of_another_run_s_checkpoint(call, folder, tmp_path):
+    plots = pytest.importorskip("ref.plots", reason="matplotlib is not installed")
+    start = ("--data", "smnist", "--data-dir", folder, *TINY, "--steps", 1, "--d-state", 4)
+    for model in ("s4", "s4d"):
+        assert call("--model", model, *start, "--out", tmp_path / model)[0] == 0
+    plots.draw("kernel", tmp_path / "s4", (), {}, 5000, 0, tmp_path / "p.png")
+    (tmp_path / "s4" / "checkpoint.safetensors").replace(
+        tmp_path / "s4d" / "checkpoint.safetensors"
+    )
+    with pytest.raises(Error, match="are not of one run"):
+        plots.draw("kernel", tmp_path / "s4d", (), {}, 50, 0, tmp_path / "p.png")
 
 
 def test_evaluations_on_a_part(call, folder, tmp_path):
