@@ -475,7 +475,12 @@ def test_asked_twice_it_ends_at_once(call, resume, whole, tmp_path, signalled):
 
 def test_interrupted_before_it_starts(call, tmp_path, signalled):
     signalled("data", "load", 1)
-    code, _, err = call(SHORT, "--out", tmp_path / "run")
+    # A shell that started the tests in its background would have had them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, err = call(SHORT, "--out", tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 1 and err.strip() == "Interrupted." and not (tmp_path / "run").exists()
 
 
