@@ -10,6 +10,7 @@ dicts, name -> call: ours and theirs; their layers are in tests/torch_twins.py.
 """
 
 import functools
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -115,7 +116,7 @@ def _status(field):
 def _torch():
     """PyTorch, on as many threads as ours.   Error: it is not installed"""
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ImportError as e:
         raise Error("--against torch: it is not installed (the extra `peers`).") from e
     torch.set_num_threads(backend.threads())

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ref import Error, files, network, nn
+from ref.presets import check_kinds
 
 FORMAT = "ssm-case-1"
 TOLERANCE = 1e-9  # of float64, where the case does not name its own
@@ -193,9 +194,8 @@ def part_config(case, module):
             f"the setting {sorted(unknown)[0]!r} is not one of {case.model}'s {case.part}; "
             f"it has: {', '.join(sorted(known - {'note'}))}."
         )
-    _check_kinds(
-        case.settings, module.Config, *([network.Config] if case.part == "network" else [])
-    )
+    outer = [network.Config] if case.part == "network" else []
+    check_kinds(case.settings, module.Config, *outer, what="the setting ")
     settings = {n: v for n, v in case.settings.items() if n in layer_fields | published}
     params = case.of("param.")
     if case.settings.get("n_layers", 0) > max(1, len(params)):
@@ -221,19 +221,6 @@ def part_config(case, module):
             f"the case's settings and parameters do not describe a {case.part}: {e} is missing or "
             "has another form."
         ) from e
-
-
-_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-
-
-def _check_kinds(settings, *configs):
-    """Error when a setting is not of its field's type"""
-    kinds = {f.name: f.type for config in configs for f in dataclasses.fields(config)}
-    for name, value in settings.items():
-        kind = kinds.get(name, type(value))
-        whole = kind is float and type(value) is int
-        if kind in _KINDS and type(value) is not kind and not whole:
-            raise Error(f"the setting {name}={value!r}: expected {_KINDS[kind]}.")
 
 
 def compute(case):
@@ -448,7 +435,7 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
 def _free_config(case, module):
     """The Config of a case that has no tensors yet"""
     layer_fields = {f.name for f in dataclasses.fields(module.Config)}
-    _check_kinds(case.settings, module.Config, network.Config)
+    check_kinds(case.settings, module.Config, network.Config, what="the setting ")
     known = layer_fields | {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
     if unknown := sorted(case.settings.keys() - known):
         raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s {case.part}.")

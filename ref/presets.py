@@ -170,14 +170,23 @@ RECORDED = ("machine", "data_checksum")  # what a run adds to its settings in co
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 
+def check_kinds(values, *classes, what=""):
+    """Error when a value is not of the type of the dataclasses' field of its name"""
+    kinds = {f.name: f.type for cls in classes for f in fields(cls)}
+    for name, value in values.items():
+        kind = kinds.get(name)
+        whole = kind is float and type(value) is int
+        if kind in _KINDS and type(value) is not kind and not whole:
+            raise Error(f"{what}{name}={value!r}: expected {_KINDS[kind]}.")
+
+
 def _made(cls, values):
     """cls from those of the values that it has.   Error: one is of another type, or not finite"""
     kinds = {f.name: f.type for f in fields(cls)}
     own = {name: value for name, value in values.items() if name in kinds}
+    check_kinds(own, cls)
     for name, value in own.items():
         kind = kinds[name]
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise Error(f"{name}={value!r}: expected {_KINDS[kind]}.")
         if kind in (int, float) and not abs(value) < 2**53:
             raise Error(f"{name}={value}: expected a number below 2**53.")
         own[name] = kind(value)
