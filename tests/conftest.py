@@ -41,3 +41,9 @@ def error(a, b):
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape
     return np.abs(a - b).max() / (np.abs(b).max() or 1.0)
+
+
+def idx(array):
+    """The bytes of a file in MNIST's format"""
+    header = b"".join(n.to_bytes(4, "big") for n in (0x0800 + array.ndim, *array.shape))
+    return header + array.astype(np.uint8).tobytes()

@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import pytest
 import scipy.ndimage
+from conftest import idx
 from PIL import Image
 
 import data
@@ -70,11 +71,6 @@ def is_refused(path, match, read, *args, **kwargs):
 
 
 # smnist
-
-
-def idx(array):
-    header = b"".join(n.to_bytes(4, "big") for n in (0x0800 + array.ndim, *array.shape))
-    return header + array.astype(np.uint8).tobytes()
 
 
 MNIST_TRAIN, MNIST_TEST = 36, 7

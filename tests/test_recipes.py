@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import idx
 
 import data as data_sets
 import train
@@ -45,11 +46,6 @@ def test_info_prints_them():
     assert "    lra-pathfinder, paper: --bidirectional --init lin" in text
     assert "smnist-noise, paper" not in text
     assert "--prenorm" in text and "--decoder last" in text
-
-
-def idx(array):
-    header = b"".join(n.to_bytes(4, "big") for n in (0x0800 + array.ndim, *array.shape))
-    return header + array.astype(np.uint8).tobytes()
 
 
 @pytest.fixture(scope="module")
