@@ -34,11 +34,14 @@ class DataError(Error):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """N documents, one after the other: N samples, or N / 2 of two each (see Data.documents)."""
+    """N documents, one after the other: N samples, or N / 2 of two each (see Data.documents).
+
+    A stream is one document, its targets (S - 1,) the tokens from the second on.
+    """
 
     values: np.ndarray  # token ids (S,), unsigned; or numbers (S, C), uint8 or float32
     offsets: np.ndarray  # (N + 1,) int64; document i is values[offsets[i] : offsets[i + 1]]
-    targets: np.ndarray  # (N,) int64, or (N / 2,)
+    targets: np.ndarray  # (N,) int64, or (N / 2,); or per position, see Data
 
     def __len__(self):
         return len(self.targets)
@@ -59,7 +62,7 @@ class Data:
     test: Split
     d_input: int  # token ids: the vocabulary's size; real values: channels
     tokens: bool  # True when values are token ids
-    d_output: int  # classes
+    d_output: int  # classes; for a target at every position the vocabulary's size
     pad: int  # the token or value that fills a batch beyond a sample's end
     grid: int  # padded lengths are multiples of this
     max_length: int  # the longest padded length
@@ -71,13 +74,20 @@ class Data:
     shift: tuple = ()
     noise: int = 0  # steps of uniform noise from [0, 1) that follow each sample in a batch
     pool_from: int = 0  # the first step that the classifier may pool
+    per_position: bool = False  # targets (N, L), -1 where none is asked for; or streams
+    window: int = 0  # tokens of a sample that is cut out of a stream; 0: the splits are no streams
+    unit: str = ""  # what a token of a stream is: character, word
+    loss_baselines: dict = dataclasses.field(default_factory=dict)  # name -> test loss in nats
 
 
 class Batch(NamedTuple):
-    """B samples of one padded length L; of two documents each: the B first ones, then the others"""
+    """B samples of one padded length L; of two documents each: the B first ones, then the others.
+
+    Windows of a stream are samples too.
+    """
 
     x: np.ndarray  # (B, L) int32 token ids, or (B, L, C) float32; (2 B, ...) for two documents
-    targets: np.ndarray  # (B,) int64
+    targets: np.ndarray  # (B,) int64; per position (B, L), -1 where none is asked for
     lengths: np.ndarray  # (B,) int64, or (2 B,), without padding and with noise
 
 
@@ -86,7 +96,8 @@ def load(name, data_dir=None, seed=0, progress=True, max_length=0, download=Fals
 
     data_dir holds the release's files or takes the cache of generated data; by default it is
     $REF_DATA_DIR, else a folder in the user's cache. seed is the generator's. progress allows a bar
-    on a terminal. max_length cuts samples of text to so many tokens with <eos>; 0: as published.
+    on a terminal. max_length cuts samples of text to so many tokens with <eos>, 0: as published;
+    of a language model it is the window, 0: CONTEXT tokens.
     download fetches missing files into data_dir, where a checksum is known (see DOWNLOADS).
     Error: an unknown name, a missing or bad file, a folder that cannot be written, no network.
     """
@@ -94,7 +105,7 @@ def load(name, data_dir=None, seed=0, progress=True, max_length=0, download=Fals
         raise Error(f"There is no data set {name!r}; expected one of: {', '.join(NAMES)}.")
     if not 0 <= seed < 2**64:
         raise Error(f"The data seed is {seed}; expected an integer from 0 to 2**64 - 1.")
-    if max_length and name not in TEXTS:
+    if max_length and name not in TEXTS + STREAMS:
         raise Error(f"max_length cuts text, but {name} has samples of one length; leave it at 0.")
     if max_length < 0 or max_length == 1:
         raise Error(
@@ -102,7 +113,20 @@ def load(name, data_dir=None, seed=0, progress=True, max_length=0, download=Fals
             "the samples as published."
         )
     data = LOADERS[name](_folder(data_dir), seed, progress, download)
+    if data.window:
+        return windowed(data, max_length or data.window)
     return _cut_texts(data, max_length) if max_length else data
+
+
+def windowed(data, window):
+    """A language model's Data with windows of so many tokens.   Error: a split is shorter"""
+    for name in ("train", "valid", "test"):
+        if len(getattr(data, name)) < window:
+            raise Error(
+                f"{data.name}: the {name} split has {len(getattr(data, name)) + 1:,} tokens, too "
+                f"few for a window of {window:,} and the token after it; use a shorter window."
+            )
+    return dataclasses.replace(data, window=window, max_length=window)
 
 
 def _cut_texts(data, most):
@@ -128,6 +152,7 @@ def _cut_text(split, most):
 # Batches
 
 EVALUATION_NOISE = 1  # beside a sample's place in its split: the seed of its noise
+PROTOCOLS = ("stream", "sliding")  # of the evaluation of a language model
 
 
 def steps_per_epoch(data, batch_size):
@@ -141,7 +166,8 @@ def train_batches(data, batch_size, seed, start=0):
     Batch number `step` is a function of (data, batch_size, seed, step) alone. Every epoch shuffles
     each bucket of one padded length and cuts it into full batches; what is left over sits it out,
     but a bucket smaller than a batch gives one smaller batch. Then the batches are shuffled. Noise
-    is drawn anew for each.   Error: batch_size below 1, seed or start below 0, an empty split.
+    is drawn anew for each. A stream is cut into windows from an offset that is drawn anew for each
+    epoch.   Error: batch_size below 1, seed or start below 0, an empty split.
     """
     buckets = _buckets(data.train, data, batch_size)
     if seed < 0 or start < 0:
@@ -153,9 +179,12 @@ def _train_batches(data, buckets, batch_size, seed, start):
     epoch, skip = divmod(start, steps_per_epoch(data, batch_size))
     while True:
         rng = np.random.default_rng([seed, epoch])
+        offset = 0
+        if data.window:  # any at which all windows and the token after the last one fit
+            offset = rng.integers(len(data.train) - len(buckets[0]) * data.window + 1)
         batches = []
         for bucket in buckets:
-            shuffled, size = rng.permutation(bucket), min(batch_size, len(bucket))
+            shuffled, size = offset + rng.permutation(bucket), min(batch_size, len(bucket))
             batches += np.split(shuffled[: len(bucket) // size * size], len(bucket) // size)
         order = rng.permutation(len(batches))
         for number in range(skip, len(order)):
@@ -165,15 +194,21 @@ def _train_batches(data, buckets, batch_size, seed, start):
         epoch, skip = epoch + 1, 0
 
 
-def eval_batches(split, data, batch_size, most=0):
+def eval_batches(split, data, batch_size, most=0, protocol="stream"):
     """Iterator of batches that holds every sample of the split once, the shortest first.
 
     most > 0: no more than so many of them, always the same. A sample's noise follows from its place
-    in the split.   Error: batch_size below 1, an empty split.
+    in the split. A stream gives, by the protocol,
+        stream   contiguous windows, the last one shorter: every token but the first is a target
+                 once;
+        sliding  the windows at stride 1, without those that do not fill a batch (the L2T-Hyena
+                 code's protocol).
+    Error: batch_size below 1, an empty split.
     """
-    buckets = _buckets(split, data, batch_size)
-    if 0 < most < len(split):
-        chosen = np.random.default_rng(0).permutation(len(split))[:most]
+    buckets = _buckets(split, data, batch_size, protocol)
+    if 0 < most < sum(map(len, buckets)):
+        every = np.sort(np.concatenate(buckets))
+        chosen = every[np.random.default_rng(0).permutation(len(every))[:most]]
         buckets = [bucket[np.isin(bucket, chosen)] for bucket in buckets]
     return (
         _batch(split, data, bucket[i : i + batch_size])
@@ -182,15 +217,40 @@ def eval_batches(split, data, batch_size, most=0):
     )
 
 
-def _buckets(split, data, batch_size):
-    """Indices of the samples of each padded length, in ascending order."""
+def eval_samples(split, data, batch_size, protocol="stream"):
+    """The number of samples, or of windows, in eval_batches."""
+    return sum(map(len, _buckets(split, data, batch_size, protocol)))
+
+
+def targets_of_batch(data, batch_size):
+    """Positions with a target in a batch of training, when every position can have one."""
+    if data.window:
+        return batch_size * data.window
+    return batch_size * int((data.train.targets[:1] >= 0).sum())
+
+
+def _buckets(split, data, batch_size, protocol="train"):
+    """Indices of the samples of each padded length, or starts of windows, in ascending order."""
     if batch_size < 1:
         raise Error(f"The batch size is {batch_size}; expected at least 1.")
     if len(split) == 0:
         raise Error("The split has no samples; expected at least one to make batches of.")
+    if data.window:
+        return _window_buckets(len(split), data.window, batch_size, protocol)
     longest = split.lengths.reshape(-1, data.documents).max(axis=1)
     padded = _padded(longest + data.noise, data.grid)
     return [np.flatnonzero(padded == length) for length in np.unique(padded)]
+
+
+def _window_buckets(targets, window, batch_size, protocol):
+    """Starts of windows in a stream with so many targets; one that is cut short comes first."""
+    if protocol == "train":  # one less than fit where there are several, so that offsets differ
+        return [window * np.arange(max(targets // window - 1, 1))]
+    if protocol == "sliding":
+        starts = np.arange(targets - window + 1)
+        return [starts[: len(starts) // batch_size * batch_size or len(starts)]]
+    full = window * np.arange(targets // window)
+    return [full] if targets % window == 0 else [np.array([window * len(full)]), full]
 
 
 def _padded(lengths, grid):
@@ -199,6 +259,8 @@ def _padded(lengths, grid):
 
 def _batch(split, data, samples, noise=None):
     """The samples of these indices (B,), all of one padded length; noise: its generator."""
+    if data.window:
+        return _windows(split, data.window, samples)
     rows = np.concatenate([samples * data.documents + i for i in range(data.documents)])
     starts = split.offsets[rows]
     own = split.offsets[rows + 1] - starts
@@ -213,7 +275,15 @@ def _batch(split, data, samples, noise=None):
         for row, sample, length in zip(x, rows, own, strict=True):
             rng = noise or np.random.default_rng([sample, EVALUATION_NOISE])
             rng.random(out=row[length : length + data.noise], dtype=np.float32)
-    return Batch(x, split.targets[samples], lengths)
+    return Batch(x, split.targets[samples].astype(np.int64, copy=False), lengths)
+
+
+def _windows(split, window, starts):
+    """The windows of a stream that start there (B,), all of one length."""
+    length = min(window, len(split) - int(starts.max()))
+    at = starts[:, None] + np.arange(length)
+    x, targets = split.values[at].astype(np.int32), split.targets[at].astype(np.int64)
+    return Batch(x, targets, np.full(len(starts), length))
 
 
 # Baselines
@@ -231,6 +301,13 @@ def _first_token_alone(train, test, d_input, d_output):
     counts[counts.sum(1) == 0] = np.bincount(train.targets, minlength=d_output)
     guess = counts.argmax(1)[test.values[test.offsets[:-1]]]
     return float(np.mean(test.targets == guess))
+
+
+def _unigram(train, test, d_input):
+    """Of guessing streams by the frequencies in train, counts raised by one: test loss, accuracy"""
+    counts = 1 + np.bincount(train.values, minlength=d_input)
+    loss = np.log(counts.sum()) - np.log(counts)[test.targets].mean()
+    return float(loss), float(np.mean(test.targets == counts.argmax()))
 
 
 # Folders, the cache, progress
@@ -404,6 +481,11 @@ DOWNLOADS = {
         "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
         84_125_825,
         "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+    ),
+    "input.txt": Download(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        1_115_394,
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
 }
 LRA_RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
@@ -1331,6 +1413,151 @@ def generate_pathfinder(seed, side, sizes, progress=False):
     return dict(zip(("train", "valid", "test"), parts, strict=True))
 
 
+# mqar-*: which value stood behind this key? (Arora et al. 2023, Zoology, arXiv:2312.04927)
+
+MQAR_VERSION = "1"  # of the generator: raise it whenever the same seed gives other samples
+MQAR_SIZES = (100_000, 3_000, 3_000)  # train, valid, test
+MQAR_VOCABULARY, MQAR_POWER = 8_192, 0.01
+MQAR_GRID = ((64, 4), (128, 8), (256, 16), (256, 32), (512, 64))  # length, pairs
+MQAR_SLAB = 10_000  # samples of one random stream
+
+
+def load_mqar(folder, seed, progress=True, download=False, length=64, pairs=4, sizes=MQAR_SIZES):
+    """Generated unless the folder's cache file has them."""
+    arguments = {
+        "name": f"mqar-{length}-{pairs}",
+        "version": MQAR_VERSION,
+        "seed": str(seed),
+        "sizes": " ".join(map(str, sizes)),
+    }
+
+    def generate():
+        return generate_mqar(seed, length, pairs, sizes, progress)
+
+    splits = _generated(folder, arguments, generate)
+    train, test = (s.targets[s.targets >= 0] for s in (splits["train"], splits["test"]))
+    return Data(
+        name=arguments["name"],
+        **splits,
+        d_input=MQAR_VOCABULARY,
+        tokens=True,
+        d_output=MQAR_VOCABULARY,
+        pad=0,
+        grid=1,
+        max_length=length,
+        vocabulary=(),
+        baselines={
+            "majority value": float(np.mean(test == np.bincount(train).argmax())),
+            "random value of the sequence": 1 / pairs,
+        },
+        source=f"generated by version {MQAR_VERSION} of our generator from seed {seed}",
+        per_position=True,
+        loss_baselines={"random value of the sequence": math.log(pairs)},
+    )
+
+
+def generate_mqar(seed, length, pairs, sizes, progress=False):
+    """{"train", "valid", "test": Split} of those sizes, targets (N, length).
+
+    A sample begins with `pairs` keys, each with its value behind it. Of the (length - 2 pairs) / 2
+    slots that follow, two tokens each, every key gets one; slot g comes with probability
+    proportional to 0.01 (g + 1)^-0.99, without replacement. The key stands at the slot's first
+    position, whose target is the key's value. All other tokens are random, their targets -1.
+    """
+    total = sum(sizes)
+    tokens = np.empty((total, length), np.uint16)
+    targets = np.full((total, length), -1, np.int16)
+    with _bar(total, f"mqar-{length}-{pairs}, generating", "samples", progress) as bar:
+        for first in range(0, total, MQAR_SLAB):
+            part = slice(first, min(first + MQAR_SLAB, total))
+            rng = np.random.default_rng([seed, length, pairs, 1 + first // MQAR_SLAB])
+            _draw_mqar(rng, tokens[part], targets[part], pairs)
+            bar.update(part.stop - first)
+    every = Split(tokens.reshape(-1), np.arange(total + 1) * length, targets)
+    return dict(zip(("train", "valid", "test"), _cut(every, sizes), strict=True))
+
+
+def _draw_mqar(rng, tokens, targets, pairs):
+    """Samples into tokens and targets (N, L), the latter filled with -1."""
+    n, length = tokens.shape
+    half, slots = MQAR_VOCABULARY // 2, (length - 2 * pairs) // 2
+    keys = _distinct(rng, 1, half, n, pairs)
+    values = _distinct(rng, half, MQAR_VOCABULARY, n, pairs)
+    weights = MQAR_POWER * np.arange(1.0, slots + 1) ** (MQAR_POWER - 1)
+    # Draws without replacement come in the order in which exponential clocks of these rates ring.
+    rings = -np.log1p(-rng.random((n, slots))) / weights
+    at = 2 * pairs + 2 * np.argsort(rings, axis=1)[:, :pairs]
+    tokens[:] = rng.integers(0, MQAR_VOCABULARY, (n, length))
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    np.put_along_axis(tokens, at, keys.astype(tokens.dtype), axis=1)
+    np.put_along_axis(targets, at, values.astype(targets.dtype), axis=1)
+
+
+def _distinct(rng, low, high, n, k):
+    """(n, k) integers from low to high - 1; a row has none twice."""
+    drawn = rng.integers(low, high, (n, k))
+    while True:
+        again = np.flatnonzero((np.diff(np.sort(drawn, axis=1), axis=1) == 0).any(axis=1))
+        if len(again) == 0:
+            return drawn
+        drawn[again] = rng.integers(low, high, (len(again), k))
+
+
+# Language models. A split is one stream of tokens; a sample is a window of it, whose targets are
+# the tokens that follow.
+
+CONTEXT = 256  # tokens of a window unless max_length says otherwise
+
+
+def _stream(values):
+    """Split of a stream of token ids (S,); the targets are a view."""
+    return Split(values, np.array([0, len(values)]), values[1:])
+
+
+def _stream_data(name, splits, vocabulary, unit, source):
+    vocabulary = tuple(vocabulary)
+    loss, accuracy = _unigram(splits["train"], splits["test"], len(vocabulary))
+    return Data(
+        name=name,
+        **splits,
+        d_input=len(vocabulary),
+        tokens=True,
+        d_output=len(vocabulary),
+        pad=0,
+        grid=1,
+        max_length=CONTEXT,
+        vocabulary=vocabulary,
+        baselines={f"most frequent {unit}": accuracy},
+        source=source,
+        per_position=True,
+        window=CONTEXT,
+        unit=unit,
+        loss_baselines={f"{unit} frequencies": loss},
+    )
+
+
+# shakespeare-char: plays, character by character (Karpathy 2015, char-rnn)
+
+SHAKESPEARE_MOST = 1 << 28  # bytes; the file may be any text
+
+
+def load_shakespeare(folder, seed, progress=True, download=False):
+    """The characters of one file; the last tenth is the validation split, and the test split."""
+    path = _find(folder, ("shakespeare",), ("input.txt",), progress, download)
+    content = _content(path, SHAKESPEARE_MOST)
+    if not 0 < len(content) <= SHAKESPEARE_MOST:
+        expected = f"from 1 to {SHAKESPEARE_MOST:,} bytes"
+        raise _bad(path, expected, _amount(content, SHAKESPEARE_MOST))
+    known, ids = np.unique(_code_points(_text(content, path)), return_inverse=True)
+    ids = ids.astype(np.min_scalar_type(len(known) - 1))
+    train, valid = (_stream(part) for part in np.split(ids, [len(ids) * 9 // 10]))
+    if min(len(train), len(valid)) < 1:
+        raise _bad(path, "at least two characters in each split", f"{len(ids)} in both")
+    source = f"read from {path}; the last tenth is the validation split, and the test split too"
+    splits = {"train": train, "valid": valid, "test": valid}
+    return _stream_data("shakespeare-char", splits, map(chr, known), "character", source)
+
+
 LOADERS = {
     "lra-listops": load_listops,
     "lra-text": load_imdb,
@@ -1344,6 +1571,12 @@ LOADERS = {
     "scifar10-noise": functools.partial(load_cifar, name="scifar10-noise"),
     "smnist": load_mnist,
     "smnist-noise": functools.partial(load_mnist, noisy=True),
+    **{
+        f"mqar-{length}-{pairs}": functools.partial(load_mqar, length=length, pairs=pairs)
+        for length, pairs in MQAR_GRID
+    },
+    "shakespeare-char": load_shakespeare,
 }
 NAMES = tuple(LOADERS)
 TEXTS = ("lra-listops", "lra-text", "lra-retrieval")  # the sets that max_length can cut
+STREAMS = ("shakespeare-char",)  # the sets of which max_length is the window

@@ -23,8 +23,11 @@ from ref.options import named, options_of, run_command
 
 
 @np.errstate(all="ignore")  # the loop itself looks for what is not finite
-def run(settings, out, resume_command, resume=False, eval_only=False, download=False):
-    """Train or resume the run that `settings` describes, in folder out; -> what result.json says"""
+def run(settings, out, resume_command, resume=False, eval_only=False, download=False, lengths=()):
+    """Train or resume the run that `settings` describes, in folder out; -> what result.json says
+
+    lengths: only evaluate a language model, at windows of so many tokens; -> what lengths.json says
+    """
     if not eval_only:
         check_writable(out)
     if settings["threads"]:
@@ -40,6 +43,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
     cfg, recipe = network_config(settings, data), presets.Recipe(**settings["recipe"])
     settings = settings | {"layer": asdict(cfg.layer)}
     recorded = {"machine": runs.machine(xp), "data_checksum": runs.data_checksum(data)}
+    recorded["vocabulary"] = list(data.vocabulary) if data.window else []
     if resume:
         runs.check_same(settings, recorded)
 
@@ -55,6 +59,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
     describe(settings, params, cfg, recipe, data, total, xp)
     params = {name: backend.to_device(p, xp) for name, p in params.items()}
     moments = {name: backend.to_device(p, xp) for name, p in moments.items()}
+    if lengths:
+        return evaluate_lengths(params, cfg, data, recipe, lengths, out, state)
     if eval_only:
         test = evaluate(params, cfg, data.test, data, recipe)
         return report(test, data, recipe, state)
@@ -75,10 +81,12 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
                 progress.evaluating()
                 loss, accuracy = evaluate(params, cfg, data.valid, data, recipe, interrupt)
                 if not interrupt.asked:
-                    scores = {"valid_loss": loss, "valid_accuracy": accuracy}
+                    scores = {"loss": loss, "accuracy": accuracy} | text_scores(loss, data)
+                    scores = {f"valid_{name}": value for name, value in scores.items()}
                     log.write(step=step, **scores, seconds=round(seconds, 2))
                     progress.say(
-                        f"step {step}: validation loss {loss:.4f}, accuracy {accuracy:.4f}"
+                        f"step {step}: validation loss {loss:.4f}{said(loss, data)}, "
+                        f"accuracy {accuracy:.4f}"
                     )
             stop = done or interrupt.asked
             due = step % recipe.save_every == 0 if recipe.save_every else seconds - saved_at > 30
@@ -90,11 +98,10 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
                 break
 
             epoch, batch = next(batches)
-            x, targets, lengths = (backend.to_device(a, xp) for a in batch)
             step += 1
             rng = np.random.default_rng([seed, step])
 
-            logits, cache = network.forward(params, x, cfg, lengths, rng)
+            logits, targets, cache = forward(params, batch, cfg, rng)
             loss, loss_cache = nn.softmax_cross_entropy_forward(logits, targets)
             _, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
             grads = {name: g for name, g in grads.items() if groups[name].lr}
@@ -139,10 +146,20 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
 def network_config(settings, data):
     """The network.Config of a run's settings on a data set.   Error: they do not go together"""
     recipe = presets.Recipe(**settings["recipe"])
-    usual = "match" if data.documents == 2 else "mean"
+    usual = "match" if data.documents == 2 else "lm" if data.per_position else "mean"
     decoder = usual if recipe.decoder == "auto" else recipe.decoder
-    if decoder == "lm":
+    if decoder == "lm" and not data.per_position:
         raise Error(f"{data.name} has one target a sample, but --decoder lm needs one a position.")
+    if decoder != "lm" and data.per_position:
+        raise Error(
+            f"{data.name} has a target at every position, and --decoder {decoder} does not fit; "
+            "expected --decoder lm."
+        )
+    if recipe.eval_protocol != "stream" and not data.window:
+        raise Error(
+            f"--eval-protocol {recipe.eval_protocol} is for language models, and {data.name} has "
+            "samples."
+        )
     if (decoder == "match") != (data.documents == 2):
         raise Error(
             f"{data.name} has {data.documents} document(s) a sample, and --decoder {decoder} does "
@@ -159,17 +176,9 @@ def network_config(settings, data):
             f"--l-max {layer.l_max} is below the {data.max_length} steps of {data.name}; "
             "leave it out to have it follow the data."
         )
-    return network.Config(
-        model=settings["model"],
-        layer=layer,
-        n_layers=recipe.n_layers,
-        d_input=data.d_input,
-        d_output=data.d_output,
-        tokens=data.tokens,
-        decoder=decoder,
-        final_norm=layer.prenorm,
-        positions=getattr(layer, "context", 0),
-        pool_from=data.pool_from if decoder == "mean" else 0,
+    pool_from = data.pool_from if decoder == "mean" else 0
+    return presets.network_config(
+        settings, layer, decoder, data.d_input, data.d_output, data.tokens, pool_from
     )
 
 
@@ -179,6 +188,7 @@ def optimiser_groups(params, cfg, recipe):
         "main": optim.Group(recipe.lr, recipe.weight_decay),
         "ssm": optim.Group(recipe.ssm_lr, recipe.ssm_weight_decay),
         "dt": optim.Group(recipe.dt_lr),
+        "nodecay": optim.Group(recipe.lr),
         "frozen": optim.Group(0.0),
     }
     return {name: rates[group] for name, group in network.groups(params, cfg).items()}
@@ -192,28 +202,104 @@ def planned_steps(recipe, data):
     return math.ceil(recipe.epochs * per_epoch) if recipe.epochs else math.inf
 
 
-def evaluate(params, cfg, split, data, recipe, interrupt=None):
-    """-> mean loss in nats and accuracy over a split, or over eval_samples samples of it.
-    Error: the loss is not finite"""
-    loss = correct = 0.0
+def forward(params, batch, cfg, rng=None):
+    """-> logits and targets, of the samples or of the positions with a target; cache"""
     xp = backend.array_module(params["encoder.weight"])
-    for batch in data_sets.eval_batches(split, data, recipe.batch_size, recipe.eval_samples):
+    x, targets, lengths = (backend.to_device(a, xp) for a in batch)
+    if cfg.decoder != "lm":
+        logits, cache = network.forward(params, x, cfg, lengths, rng)
+    elif batch.targets.min() >= 0:
+        logits, cache = network.forward(params, x, cfg, rng=rng)
+    else:
+        where = targets >= 0
+        logits, cache = network.forward(params, x, cfg, rng=rng, where=where)
+        targets = targets[where]
+    return logits, targets, cache
+
+
+def evaluate(params, cfg, split, data, recipe, interrupt=None):
+    """-> mean loss in nats and accuracy over the targets of a split, or of eval_samples samples or
+    windows of it.   Error: the loss is not finite"""
+    loss, correct, count = 0.0, 0, 0
+    how = recipe.batch_size, recipe.eval_samples, recipe.eval_protocol
+    for batch in data_sets.eval_batches(split, data, *how):
         if interrupt is not None and interrupt.asked:
             break
-        x, targets, lengths = (backend.to_device(a, xp) for a in batch)
-        logits, _ = network.forward(params, x, cfg, lengths)
+        logits, targets, _ = forward(params, batch, cfg)
         batch_loss, _ = nn.softmax_cross_entropy_forward(logits, targets)
-        loss += backend.item(batch_loss) * len(batch.targets)
+        loss += backend.item(batch_loss) * targets.size
         correct += backend.item((logits.argmax(axis=-1) == targets).sum())
+        count += targets.size
     if not math.isfinite(loss):
         raise Error(f"the loss in the evaluation is {loss}. {runs.DIVERGED}")
-    count = evaluated(split, recipe)
-    return loss / count, correct / count
+    return loss / max(count, 1), correct / max(count, 1)
 
 
-def evaluated(split, recipe):
-    """The number of samples that an evaluation looks at"""
-    return min(recipe.eval_samples or len(split), len(split))
+def evaluated(split, data, recipe):
+    """The number of samples or windows that an evaluation looks at, and how many there are"""
+    there = data_sets.eval_samples(split, data, recipe.batch_size, recipe.eval_protocol)
+    return min(recipe.eval_samples or there, there), there
+
+
+def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
+    """Evaluate a language model at other windows than its training's; -> what lengths.json says
+
+    Error: a window that its positions or its data are too short for
+    """
+    if not data.window:
+        raise Error(f"--eval-lengths is for language models, and {data.name} has samples.")
+    if 0 < cfg.positions < max(lengths):
+        raise Error(
+            f"--eval-lengths {max(lengths)}: the network has {cfg.positions} learned positions, "
+            "and none beyond."
+        )
+    of_length = {length: data_sets.windowed(data, length) for length in lengths}
+    print("   length    loss  perplexity  accuracy")
+    rows = []
+    for length, windows in of_length.items():
+        times = data.window / length  # as many tokens in a batch, and in all
+        own = replace(
+            recipe,
+            batch_size=max(1, int(recipe.batch_size * times)),
+            eval_samples=math.ceil(recipe.eval_samples * times),
+        )
+        stretched, longer = stretch(params, cfg, length)
+        loss, accuracy = evaluate(stretched, longer, data.test, windows, own)
+        rows.append({"length": length, "loss": loss, "accuracy": accuracy})
+        rows[-1] |= text_scores(loss, data)
+        print(f"{length:9,} {loss:7.4f} {rows[-1]['perplexity']:11.4g} {accuracy:9.4f}")
+    result = {"protocol": recipe.eval_protocol, "trained": data.window, "step": state["step"]}
+    result["lengths"] = rows
+    write_json(out / "lengths.json", result)
+    return result
+
+
+def stretch(params, cfg, length):
+    """The same network for a longer window: S4's C~ belongs to a length.   -> params, cfg"""
+    model = network.model_module(cfg.model)
+    while 0 < getattr(cfg.layer, "l_max", 0) < length:
+        layers = [
+            model.double_length(network.layer_params(params, i), cfg.layer)
+            for i in range(cfg.n_layers)
+        ]
+        stack = backend.array_module(params["encoder.weight"]).stack
+        params = params | {"blocks.C": stack([own["C"] for own, _ in layers])}
+        cfg = replace(cfg, layer=layers[0][1])
+    return params, cfg
+
+
+def text_scores(loss, data):
+    """What a language model's loss is by other names; nothing for other data"""
+    if not data.window:
+        return {}
+    scores = {"perplexity": math.exp(min(loss, 700.0))}
+    return scores | ({"bits_per_character": loss / math.log(2)} if data.unit == "character" else {})
+
+
+def said(loss, data):
+    """The same in words"""
+    words = {"perplexity": "perplexity {:.4g}", "bits_per_character": "{:.4f} bits per character"}
+    return "".join(", " + words[n].format(v) for n, v in text_scores(loss, data).items())
 
 
 def report(test, data, recipe, state):
@@ -222,23 +308,38 @@ def report(test, data, recipe, state):
     step, seconds = state["step"], state["seconds"]
     planned = state["total"] if math.isfinite(state["total"]) else step
     print(
-        f"test accuracy {accuracy:.4f}, loss {loss:.4f}, "
+        f"test accuracy {accuracy:.4f}, loss {loss:.4f}{said(loss, data)}, "
         f"after {step} of {planned} steps in {seconds / 60:.1f} minutes"
     )
-    if (count := evaluated(data.test, recipe)) < len(data.test):
-        print(f"    on {count:,} of the {len(data.test):,} test samples (--eval-samples)")
+    count, there = evaluated(data.test, data, recipe)
+    if data.window:
+        print(f"    by the protocol {recipe.eval_protocol}, windows of {data.window:,}")
+    if count < there:
+        what = "windows" if data.window else "test samples"
+        print(f"    on {count:,} of the {there:,} {what} (--eval-samples)")
     for name, value in data.baselines.items():
         print(f"    {name}: {value:.4f}")
+    for name, value in data.loss_baselines.items():
+        print(f"    {name}, loss: {value:.4f}")
     result = {"test_accuracy": accuracy, "test_loss": loss, "baselines": data.baselines}
-    result |= {"step": step, "steps": planned, "seconds": round(seconds, 1)}
-    return result | {"test_samples": count}
+    result |= {"step": step, "steps": planned, "seconds": round(seconds, 1), "test_samples": count}
+    if data.loss_baselines:
+        result["loss_baselines"] = data.loss_baselines
+    if data.window:
+        result |= {f"test_{name}": value for name, value in text_scores(loss, data).items()}
+        result |= {"protocol": recipe.eval_protocol, "window": data.window}
+    return result
 
 
 def describe(settings, params, cfg, recipe, data, total, xp):
     """Print what will run"""
     count = sum(p.size for p in params.values())
-    megabytes = runs.memory_estimate(params, cfg, recipe.batch_size, data.max_length) / 2**20
+    decoded = data_sets.targets_of_batch(data, recipe.batch_size) if data.per_position else 0
+    size = recipe.batch_size, data.max_length, decoded
+    megabytes = runs.memory_estimate(params, cfg, *size) / 2**20
     sizes = ", ".join(f"{len(getattr(data, s)):,} {s}" for s in ("train", "valid", "test"))
+    if data.window:
+        sizes += f" {data.unit}s in windows of {data.window:,}"
     length = f"{total:,}" if math.isfinite(total) else f"in {settings['minutes']:g} minutes as many"
     print(f"{settings['model']} on {data.name} ({sizes}; {data.source})")
     print(
@@ -249,7 +350,9 @@ def describe(settings, params, cfg, recipe, data, total, xp):
         f"{backend.threads()} threads, BLAS core type {backend.blas_core()}, "
         f"{length} steps of {recipe.batch_size}"
     )
-    print("to beat: " + ", ".join(f"{name} {value:.4f}" for name, value in data.baselines.items()))
+    beat = [f"{name} {value:.4f}" for name, value in data.baselines.items()]
+    beat += [f"{name} {value:.4f} (loss)" for name, value in data.loss_baselines.items()]
+    print("to beat: " + ", ".join(beat))
 
 
 def write_json(path, value):
@@ -290,7 +393,11 @@ def command(model):
     preset = "small: ours, two cores and about ten minutes; paper: the published recipe. [small]"
     device = "auto: a GPU where one works. [auto]"
     minutes = "Train at most so long; without --steps or --epochs the schedule is made to end then."
-    cut = "Cut texts to so many tokens. [the data set's own length]"
+    cut = "Cut texts to so many tokens; of a language model the window. [the data set's own length]"
+    lengths = (
+        "With --resume, of a language model: only evaluate, at windows of these lengths, such as "
+        "256,512,1024; prints a table and writes it to lengths.json."
+    )
     resume = f"Go on with the run in this folder; only {_names(CHANGEABLE)} can change."
     options = [
         option(["--model"], type=choice(network.MODELS), help="The model."),
@@ -314,6 +421,7 @@ def command(model):
         option(
             ["--eval-only"], is_flag=True, help="With --resume: only evaluate on the test split."
         ),
+        option(["--eval-lengths"], metavar="INTEGERS", help=lengths),
         option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version),
     ]
     layers = [network.model_module(name).Config for name in models]
@@ -342,15 +450,18 @@ def _names(options):
     return ", ".join("--" + name.replace("_", "-") for name in options)
 
 
-def _train(resume, eval_only, out, download, **options):
+def _train(resume, eval_only, eval_lengths, out, download, **options):
     options = {name: value for name, value in options.items() if value is not None}
     if "data_dir" in options:
         options["data_dir"] = os.path.abspath(os.path.expanduser(options["data_dir"]))
+    lengths = _lengths(eval_lengths)
     if resume:
-        _resume(Path(resume), options | ({"out": out} if out else {}), eval_only, download)
+        options |= {"out": out} if out else {}
+        _resume(Path(resume), options, eval_only or bool(lengths), download, lengths)
         return
-    if eval_only:
-        raise click.UsageError("--eval-only needs --resume RUN: it evaluates a trained network.")
+    if eval_only or lengths:
+        given = "--eval-only" if eval_only else "--eval-lengths"
+        raise click.UsageError(f"{given} needs --resume RUN: it evaluates a trained network.")
     for name in ("model", "data"):
         if name not in options:
             raise click.UsageError(
@@ -366,7 +477,16 @@ def _train(resume, eval_only, out, download, **options):
     run(settings, out, _command(out), download=download)
 
 
-def _resume(out, options, eval_only, download):
+def _lengths(text):
+    """The numbers in 256,512,1024; none for None.   UsageError: it is not of this form"""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isdecimal() and 0 < int(part) < 2**53 for part in parts):
+        raise click.UsageError(f"--eval-lengths {text}: expected numbers such as 256,512,1024.")
+    return list(map(int, parts))
+
+
+def _resume(out, options, eval_only, download, lengths=()):
+    protocol = {n: options.pop(n) for n in ("eval_protocol",) if eval_only and n in options}
     if fixed := options.keys() - CHANGEABLE:
         raise click.UsageError(
             "--resume takes its settings from the run; it cannot be combined with "
@@ -376,7 +496,9 @@ def _resume(out, options, eval_only, download):
         raise Error(f"{out} holds no run: there is no config.json in it.")
     settings = presets.read_settings(out / "config.json")
     settings = _usable(presets.changed, settings, options)
-    run(settings, out, _command(out, options), True, eval_only, download)
+    recipe = _usable(lambda given: presets.Recipe(**settings["recipe"] | given), protocol)
+    settings |= {"recipe": asdict(recipe)}
+    run(settings, out, _command(out, options), True, eval_only, download, lengths)
 
 
 def _usable(make, *values):

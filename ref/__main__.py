@@ -100,13 +100,16 @@ def _line(row):
 
 @_model_command()
 @model_option
-@click.option("--part", required=True, help="operator, mixer, block or network.")
+@click.option(
+    "--part", required=True, help="operator, mixer, block, network; scan, of d_model channels."
+)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option("--precision", default="float64", help="float64, float32, float16 or bfloat16.")
 @click.option("--batch", "-B", default=2, type=click.IntRange(1), help="Batch size.")
 @click.option("--length", "-L", default=24, type=click.IntRange(1), help="Sequence length.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of inputs and parameters.")
-def case(model, part, output, precision, batch, length, seed, **settings):
+@click.option("--initial-state", is_flag=True, help="A scan that goes on from a state.")
+def case(model, part, output, precision, batch, length, seed, initial_state, **settings):
     """Write a case from the reference, for another implementation to be checked against.
 
     The last options are the fields of the Config of --model (without it, of hope).
@@ -122,7 +125,8 @@ def case(model, part, output, precision, batch, length, seed, **settings):
     usual = {name: n for name, n in {"d_model": 8, "d_state": 16}.items() if name in fields}
     settings = usual | _given(settings)
     _check_config(model, settings)
-    made = cases.make_case(model, part, settings, batch, length, precision, seed)
+    given = batch, length, precision, seed, initial_state
+    made = cases.make_case(model, part, settings, *given)
     cases.write_case(output, made)
     print(f"{output}: {model} {part}, {precision}, {len(made.tensors)} tensors")
 
@@ -203,11 +207,37 @@ def plot(run, models, what, length, seed, output, **settings):
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="What to go on from; nothing: from a line's end.")
+@click.option("--tokens", default=500, type=click.IntRange(0), help="How many to add. [500]")
+@click.option("--temperature", default=1.0, help="Below 1 bolder, 0: always the likeliest. [1]")
+@click.option("--top-k", default=0, help="Only among the K likeliest tokens; 0: all. [0]")
+@click.option("--top-p", default=1.0, help="Only among the likeliest that make up P. [1]")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of the choices. [0]")
+def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
+    """Print text from the language model of a RUN: a prompt and what it goes on with, as it comes.
+
+    A token costs the same time and memory however long the text is. Ctrl-C ends it.
+
+    Example: python -m ref generate runs/mamba-shakespeare-char-0 --prompt "ROMEO:" --top-p 0.9
+    """
+    from ref import generate
+
+    generate.generate(run, prompt, tokens, temperature, top_k, top_p, seed)
+
+
+@main.command()
 @click.argument("models", nargs=-1, type=click.Choice(network.MODELS))
 @click.option("--against", type=click.Choice(["torch"]), help="Also time this library's form.")
 @click.option("--device", default="cpu", type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")
 @click.option("--rounds", default=9, type=click.IntRange(1), help="Rounds that count.")
-def bench(models, against, device, rounds):
+@click.option(
+    "--malloc",
+    default="keep",
+    type=click.Choice(["keep", "default"]),
+    help="Whether glibc keeps freed memory [keep], which speeds PyTorch up, or does as it likes.",
+)
+def bench(models, against, device, rounds, malloc):
     """Time and memory, interleaved in one process, as ratios. Without names: every model.
 
     Example: python -m ref bench hope --against torch
@@ -219,8 +249,9 @@ def bench(models, against, device, rounds):
             __import__(against)
         except ImportError as e:
             raise Error(f"--against {against}: it is not installed (the extra `peers`).") from e
-    backend.keep_freed_memory()
-    bench.run(models or network.MODELS, against, rounds, device)
+    if malloc == "keep":
+        backend.keep_freed_memory()
+    bench.run(models or network.MODELS, against, rounds, device, malloc)
 
 
 if __name__ == "__main__":

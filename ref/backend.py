@@ -40,7 +40,8 @@ def twins(model, x):
     kind = array_module(x).__name__
     if kind == "cupy":
         return _cuda_twins(model)
-    return importlib.import_module(f"ref.kernels.{model}") if kind == "numpy" else None
+    twin = importlib.import_module(f"ref.kernels.{model}") if kind == "numpy" else None
+    return twin if getattr(twin, "COMPILED", True) else None  # under NUMBA_DISABLE_JIT
 
 
 @functools.cache

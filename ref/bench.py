@@ -6,9 +6,16 @@ ratios is the fastest candidate of the other library; without one, the first of 
 far the peak of a fresh process rises above what it holds before the call.
 
 A model's benchmarks are one entry of BENCHES, title -> make. make(xp, against, small) returns two
-dicts, name -> call: ours and theirs; their layers are in tests/torch_twins.py.
+dicts, name -> call: ours and theirs; their layers are in tests/torch_twins.py. Lines that stand
+below a table, such as the floor of a scan, are made from its times by the entry of REMARKS.
+
+PyTorch maps fresh memory for large results and gives it back, at every step, and touching fresh
+pages costs more than many a kernel. Unless --malloc default is given, glibc is asked to keep freed
+memory, for all candidates: the faster PyTorch, and the ratio that is harder to reach.
 """
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -25,9 +32,10 @@ ROUNDS = 9
 PAUSE = 0.05  # seconds before each call: idle threads of the candidate before it spin for a while
 PEERS = Path(__file__).parents[1] / "tests" / "torch_twins.py"
 STEPS = 64  # of a decoding call
+MALLOC = {"keep": "keeps freed memory", "default": "as it is by default"}
 
 
-def environment(xp, against):
+def environment(xp, against, malloc="keep"):
     """One line that a ratio must name: device, or threads, BLAS core type, allocator; versions"""
     versions = f"numpy {np.__version__}"
     if against:
@@ -35,16 +43,17 @@ def environment(xp, against):
     if xp is not np:
         return f"{backend.device_name(xp)}, {xp.__name__} {xp.__version__}, {versions}"
     core = backend.blas_core()
-    malloc = "malloc keeps freed memory (for all candidates)"
+    malloc = f"malloc {MALLOC[malloc]} (for all candidates)"
     return f"{backend.threads()} threads, BLAS core type {core}, {malloc}, {versions}"
 
 
-def run(models, against, rounds=ROUNDS, device="cpu"):
-    """Print one table per benchmark of the models; against: torch or None; device as in train.py"""
+def run(models, against, rounds=ROUNDS, device="cpu", malloc="keep"):
+    """Print one table per benchmark of the models; against: torch or None; device as in train.py;
+    malloc: what the process has asked glibc for"""
     xp = backend.select_device(device)
     if against:
         _twins()
-    print(environment(xp, against))
+    print(environment(xp, against, malloc))
     for model in models:
         if model not in BENCHES:
             print(f"\n{model}: there is no benchmark of it")
@@ -57,6 +66,8 @@ def run(models, against, rounds=ROUNDS, device="cpu"):
             base = min(theirs or list(ours)[:1], key=lambda name: np.median(times[name]))
             for name in times:
                 print(line(name, base, times, peaks))
+            for remark in REMARKS[title](times) if title in REMARKS and xp is np else ():
+                print(f"    {remark}")
 
 
 def line(name, base, times, peaks):
@@ -97,6 +108,8 @@ def _peak(make, name, against):
     (theirs | ours)[name]()
     ours, theirs = make(np, against)
     call = (theirs | ours)[name]
+    with contextlib.suppress(OSError, AttributeError):  # else what making the inputs freed would
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # be counted as held before the call
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts again from here
     before = _status("VmRSS")
@@ -323,6 +336,264 @@ def transformer_block(xp, against=None, small=False, bidirectional=False):
     return {"ours": ours}, {title: theirs(form) for title, form in forms.items()}
 
 
+# Mamba and Longhorn
+
+SCAN = {"B": 4, "L": 2048, "E": 256, "N": 16}
+ODD = [{"L": 2039}, {"L": 4096}, {"E": 251}, {"E": 257}, {"N": 13}, {"N": 17}]
+# Operations on vectors of 16 numbers for 16 of the B L E N states, forward and backward together:
+# Mamba's two exponentials are 10 each, the forward once and again in the backward
+OPERATIONS = {"mamba": 36, "longhorn": 20}
+STREAMS = 8  # arrays (B, L, E) that a scan must read or write: 3 forward, 5 backward
+CHECKPOINT = dict(d_model=768, n_layers=24, vocabulary=50280)  # the shape of mamba-130m
+TOKENS = 8  # of a decoding call
+
+
+def scan_problem(model, xp, B, L, E, N):
+    """The arguments of a recurrence, by name, and dy (B, L, E), float32"""
+    rng = np.random.default_rng(0)
+    x, dt, dy = rng.standard_normal((3, B, L, E))
+    b, c = rng.standard_normal((2, B, L, N))
+    if model == "mamba":
+        given = {
+            "x": x,
+            "delta": np.exp(0.5 * dt - 3),
+            "A": -np.tile(np.arange(1.0, N + 1), (E, 1)),
+        }
+        given |= {"B": b, "C": c}
+    else:
+        given = {"x": x, "beta": 1 / (1 + np.exp(-dt)), "k": b, "q": c}
+    given["D"] = np.ones(E)
+    given = {name: backend.to_device(a.astype("float32"), xp) for name, a in given.items()}
+    return given, backend.to_device(dy.astype("float32"), xp)
+
+
+def _our_scan(model, given, dy):
+    module = network.model_module(model)
+
+    def call():
+        _, _, cache = module.recurrence_forward(**given)
+        return module.recurrence_backward(dy, cache)
+
+    return call
+
+
+def _readable(call):
+    """The call in the readable form"""
+
+    def run():
+        before = os.environ.get("REF_PLAIN", "0")
+        os.environ["REF_PLAIN"] = "1"
+        try:
+            return call()
+        finally:
+            os.environ["REF_PLAIN"] = before
+
+    return run
+
+
+def scan(model, xp, against=None, small=False):
+    """The recurrence with its skip at (B, L, E, N) = (4, 2048, 256, 16), forward and backward"""
+    given, dy = scan_problem(model, xp, *((1, 8, 4, 3) if small else SCAN.values()))
+    call = _our_scan(model, given, dy)
+
+    def theirs(form):
+        inputs, (dout,) = _tensors(given, True), _tensors((dy,), False)
+        run, grad = getattr(_twins(), f"{model}_scan"), _torch().autograd.grad
+        own = tuple(inputs.values())
+        return lambda: grad(run(*own, form), own, dout)
+
+    forms = _forms(model, against)
+    ours = {"ours": call, "ours, readable form": _readable(call)}
+    return ours, {title: theirs(form) for title, form in forms.items()}
+
+
+def scan_sizes(model, xp, against=None, small=False):
+    """The same at lengths, widths and numbers of states that are no powers of two; ours alone"""
+    calls = {}
+    for other in ({}, *ODD):
+        sizes = SCAN | other
+        sizes = {name: n % 16 + 1 for name, n in sizes.items()} if small else sizes
+        calls[_sizes(SCAN | other)] = _our_scan(model, *scan_problem(model, xp, **sizes))
+    return calls, {}
+
+
+def _sizes(sizes):
+    return "ours, " + ", ".join(f"{name} {n}" for name, n in sizes.items())
+
+
+def scan_layer(model, xp, against=None, small=False, part="mixer"):
+    """The mixer or the block at (B, L, D) = (8, 2048, 128), forward and backward, float32"""
+    shape = (1, 16, 8) if small else (8, 2048, 128)
+    rng, module = np.random.default_rng(0), network.model_module(model)
+    cfg = module.Config(d_model=shape[2])
+    params = getattr(module, f"{part}_init")(cfg, rng)
+    params = {name: backend.to_device(p, xp) for name, p in params.items()}
+    x, dy = backend.to_device(rng.standard_normal((2, *shape)).astype("float32"), xp)
+    forward, backward = (getattr(module, f"{part}_{way}") for way in ("forward", "backward"))
+
+    def ours():
+        _, cache = forward(params, x, cfg)
+        return backward(dy, cache)
+
+    def theirs(form):
+        p, (own,), (dout,) = _tensors(params, True), _tensors((x,), True), _tensors((dy,), False)
+        layer, grad = getattr(_twins(), f"{model}_{part}"), _torch().autograd.grad
+        inputs = (own, *p.values())
+        return lambda: grad(layer(p, own, form), inputs, dout)
+
+    forms = _forms(model, against)
+    return {"ours": ours}, {title: theirs(form) for title, form in forms.items()}
+
+
+def decoding(xp, against=None, small=False):
+    """TOKENS greedy steps of a language model of 130 million parameters, batch 1, float32"""
+    sizes = dict(d_model=16, n_layers=2, vocabulary=24) if small else CHECKPOINT
+    D, layers, V = sizes.values()
+    layer = network.model_module("mamba").Config(d_model=D, depth=layers)
+    own = dict(d_input=V, d_output=V, decoder="lm", tied=True, final_norm=True)
+    cfg = network.Config("mamba", layer, layers, **own)
+    params = network.init(cfg, np.random.default_rng(0))
+    params = {name: backend.to_device(p, xp) for name, p in params.items()}
+    before = network.state(params, cfg, 1)
+
+    def ours():
+        state, token = before, xp.zeros(1, dtype="int64")
+        for _ in range(TOKENS):
+            logits, state = network.step(params, token, state, cfg)
+            token = logits.argmax(axis=-1)
+
+    known = against and importlib.util.find_spec("transformers")
+    return {"ours": ours}, {"transformers, with its cache": _their_steps(sizes)} if known else {}
+
+
+def _their_steps(sizes):
+    """The same by MambaForCausalLM"""
+    torch, transformers = _torch(), importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    names = dict(
+        zip(("hidden_size", "num_hidden_layers", "vocab_size"), sizes.values(), strict=True)
+    )
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**names)).eval()
+
+    def call():
+        cache, token = None, torch.zeros(1, 1, dtype=torch.int64)
+        with torch.inference_mode():
+            for _ in range(TOKENS):
+                out = model(token, cache_params=cache, use_cache=True)
+                cache, token = out.cache_params, out.logits[:, -1].argmax(-1, keepdim=True)
+
+    return call
+
+
+# Remarks
+
+
+def floor(model, times):
+    """What the machine's arithmetic and memory allow a scan, measured on the spot"""
+    B, L, E, N = SCAN.values()
+    by_arithmetic = OPERATIONS[model] * B * L * E * N / 16 / multiply_adds()
+    by_bandwidth = STREAMS * 4 * B * L * E / triad()
+    ratio = min(times["ours"]) / max(by_arithmetic, by_bandwidth)  # of the best against the best
+    bounds = f"{1e3 * by_arithmetic:.2f} ms by arithmetic, {1e3 * by_bandwidth:.2f} ms by bandwidth"
+    yield f"floor: {bounds}; ours at its best is x {ratio:.2f} of it"
+
+
+def growth(times):
+    """Time per element, relative to round sizes"""
+    base = np.median(times[_sizes(SCAN)]) / np.prod(list(SCAN.values()))
+    for other in ODD:
+        sizes = SCAN | other
+        each = np.median(times[_sizes(sizes)]) / np.prod(list(sizes.values())) / base
+        (name, n), *_ = other.items()
+        yield f"{name} {n}: time per element x {each:.3f}"
+
+
+def tokens_per_second(times):
+    """Of the decoding"""
+    for name, t in times.items():
+        yield f"{name}: {TOKENS / np.median(t):.1f} tokens per second"
+
+
+@functools.cache
+def multiply_adds():
+    """Multiply-adds of vectors of 16 float32 that all threads do in a second: the best of twenty
+
+    Twelve in flight hide an operation's latency with AVX-512; six do, and fit the registers, of
+    AVX2, where a vector is two.
+    """
+    import numba
+
+    from ref.kernels.simd import fma, load, splat, store
+
+    @numba.njit
+    def six(x, m, n, rounds):
+        x0, x1, x2, x3, x4, x5 = x, x * 2, x * 3, x * 4, x * 5, x * 6
+        for _ in range(rounds):
+            x0, x1, x2 = fma(x0, m, n), fma(x1, m, n), fma(x2, m, n)
+            x3, x4, x5 = fma(x3, m, n), fma(x4, m, n), fma(x5, m, n)
+        return x0 + x1 + x2 + x3 + x4 + x5
+
+    @numba.njit
+    def twelve(x, m, n, rounds):
+        x0, x1, x2, x3, x4, x5 = x, x * 2, x * 3, x * 4, x * 5, x * 6
+        y0, y1, y2, y3, y4, y5 = -x0, -x1, -x2, -x3, -x4, -x5
+        for _ in range(rounds):
+            x0, x1, x2 = fma(x0, m, n), fma(x1, m, n), fma(x2, m, n)
+            x3, x4, x5 = fma(x3, m, n), fma(x4, m, n), fma(x5, m, n)
+            y0, y1, y2 = fma(y0, m, n), fma(y1, m, n), fma(y2, m, n)
+            y3, y4, y5 = fma(y3, m, n), fma(y4, m, n), fma(y5, m, n)
+        return x0 + x1 + x2 + x3 + x4 + x5 + y0 + y1 + y2 + y3 + y4 + y5
+
+    @numba.njit(parallel=True)
+    def work(a, out, rounds, at_once):
+        for i in numba.prange(out.size // 16):
+            m, n, x = load(a, 0), splat(np.float32(0.25)), splat(np.float32(1 + i))
+            run = six(x, m, n, rounds) if at_once == 6 else twelve(x, m, n, rounds)
+            store(out, 16 * i, run)
+
+    tasks, rounds = backend.threads(), 4_000_000  # long enough for all threads to be awake
+    a, out = np.full(16, 0.5, "float32"), np.empty(16 * tasks, "float32")
+    rates = (n * rounds * tasks / _best(lambda n=n: work(a, out, rounds, n)) for n in (6, 12))
+    return max(rates)
+
+
+@functools.cache
+def triad():
+    """Bytes a second that all threads move in a = b + 3 c on large arrays: the best of twenty"""
+    import numba
+
+    @numba.njit(parallel=True)
+    def work(a, b, c):
+        for i in numba.prange(a.size):
+            a[i] = b[i] + np.float32(3) * c[i]
+
+    arrays = [np.ones(1 << 24, "float32") for _ in range(3)]
+    return sum(a.nbytes for a in arrays) / _best(lambda: work(*arrays))
+
+
+def _best(call):
+    times = []
+    for _ in range(21):  # the first one compiles
+        with backend.parallel_lock:
+            start = time.perf_counter()
+            call()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _scan_benches(model):
+    """What Mamba and Longhorn have in common"""
+    name, at = model.capitalize(), "forward + backward, (8, 2048, 128), N 16"
+    makes = {
+        f"{name}, scan, forward + backward, {_sizes(SCAN)[6:]}": scan,
+        f"{name}, scan, forward + backward, other sizes": scan_sizes,
+        f"{name}, mixer, {at}": scan_layer,
+        f"{name}, block, {at}": functools.partial(scan_layer, part="block"),
+    }
+    return {title: functools.partial(make, model) for title, make in makes.items()}
+
+
+_DECODING = f"Mamba, {TOKENS} greedy steps, D 768, 24 layers, vocabulary 50,280, batch 1"
 _BLOCK = "block, forward + backward, (8, 1024, 128), 4 heads"
 BENCHES = {
     "hope": {
@@ -331,6 +602,8 @@ BENCHES = {
     },
     "s4": _ssm_benches("s4"),
     "s4d": _ssm_benches("s4d"),
+    "longhorn": _scan_benches("longhorn"),
+    "mamba": _scan_benches("mamba") | {_DECODING: decoding},
     "transformer": {
         f"Transformer, causal, {_BLOCK}": transformer_block,
         f"Transformer, bidirectional, {_BLOCK}": functools.partial(
@@ -338,3 +611,8 @@ BENCHES = {
         ),
     },
 }
+
+REMARKS = {_DECODING: tokens_per_second}
+for _model in ("mamba", "longhorn"):
+    _scan, _others, *_ = BENCHES[_model]
+    REMARKS |= {_scan: functools.partial(floor, _model), _others: growth}

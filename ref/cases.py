@@ -8,6 +8,7 @@ Recomputing reads the first three only.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 
@@ -26,6 +27,7 @@ PRECISIONS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 SOURCES = ("in.", "param.", "dout.")
+SCAN_SETTINGS = ("update",)  # arguments of a scan that are no arrays
 DRAWS = 8  # perturbed recomputations that measure what rounding alone does
 
 
@@ -97,7 +99,7 @@ class Part:
 
     def init(self, rng):
         """Published tensors of a random part, float64; noise keeps parameters off special values"""
-        if self.part == "init":
+        if self.part in ("init", "scan"):
             return {}
         if self.part == "network":
             params = network.init(self.cfg, rng, "float64")
@@ -111,6 +113,8 @@ class Part:
         module = self._module()
         if self.part == "init":
             return {f"out.{name}": t for name, t in module.init_outputs(self.cfg).items()}
+        if self.part == "scan":
+            return self._scan(inputs, douts)
         x = inputs["x"]
         if self.part == "network":
             params = network.from_published(tensors, self.cfg)
@@ -134,11 +138,36 @@ class Part:
             results |= {f"grad.param.{name}": g for name, g in grads.items()}
         return results
 
+    def _scan(self, inputs, douts):
+        """A recurrence with skip and gate: arguments in, their gradients out"""
+        module = self._module()
+        y, last, cache = module.scan_forward(**inputs, **self.cfg)
+        results = {"out.y": y, "out.last_state": last, "out.y_steps": self._scan_steps(inputs)}
+        if douts is not None:
+            for name, t in (("y", y), ("last_state", last)):
+                if name in douts and douts[name].shape != t.shape:
+                    shapes = f"{douts[name].shape}; out.{name} has {t.shape}"
+                    raise Error(f"dout.{name} has the shape {shapes}.")
+            grads = module.scan_backward(douts["y"], cache, douts.get("last_state"))
+            results |= {f"grad.in.{name}": g for name, g in grads.items()}
+        return results
+
+    def _scan_steps(self, inputs):
+        """y, position after position, each from the state after the one before"""
+        module, steps, state = self._module(), [], {}
+        for t in range(inputs["x"].shape[1]):
+            now = {n: a[:, t : t + 1] for n, a in inputs.items() if n in module.SCAN_IN_TIME}
+            y, last, _ = module.scan_forward(**inputs | now | state, **self.cfg)
+            steps.append(y[:, 0])
+            state = {module.SCAN_STATE: last}
+        return np.stack(steps, axis=1)
+
     def _steps(self, params, x):
         """out.y_steps: y by decoding, one time step after the other; nothing where there is none"""
         module = self._module()
-        one_step = {"operator": "operator_step", "block": "step"}.get(self.part)
-        if one_step is None:
+        names = {"operator": "operator_step", "mixer": "mixer_step", "block": "step"}
+        one_step = names.get(self.part, "")
+        if not hasattr(module, one_step):
             return {}
         steps = []
         try:
@@ -176,13 +205,16 @@ def part_of(case):
 
 
 def _check_part(module, model, part):
-    parts = (*module.PUBLISHED, "network")
+    scan = ("scan",) if hasattr(module, "scan_forward") else ()
+    parts = (*scan, *module.PUBLISHED, "network")
     if part not in parts:
         raise Error(f"{model} has no part {part!r}; it has: {', '.join(parts)}.")
 
 
 def part_config(case, module):
-    """The Config that a case's settings and tensors give"""
+    """The Config that a case's settings and tensors give; of a scan its settings alone"""
+    if case.part == "scan":
+        return _scan_config(case, module)
     layer_fields = {f.name for f in dataclasses.fields(module.Config)}
     network_fields = {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
     published = set(getattr(module, "PUBLISHED_SETTINGS", ()))  # that are no fields of ours
@@ -206,10 +238,10 @@ def part_config(case, module):
         layer = module.config_of(settings, params, case.part)
         if case.part != "network":
             return layer
-        if case.settings.keys() & published and hasattr(module, "network_settings"):
+        if hasattr(module, "network_settings") and "decoder" not in case.settings:
             own = module.network_settings(case.settings, params)
             return network.Config(case.model, layer, **own)
-        names = {ours: theirs for theirs, ours in network.outside_names(case.model).items()}
+        names = {ours: theirs for theirs, ours in network.outside_names(case.model, layer).items()}
         weight = params[names["encoder.weight"]]
         tokens = case.tensors["in.x"].dtype.kind in "iu"
         own = {n: v for n, v in case.settings.items() if n in network_fields}
@@ -221,6 +253,23 @@ def part_config(case, module):
             f"the case's settings and parameters do not describe a {case.part}: {e} is missing or "
             "has another form."
         ) from e
+
+
+def _scan_config(case, module):
+    """The settings of a scan.   Error: one that it does not have, or of another type"""
+    known = {p for p in inspect.signature(module.scan_forward).parameters if p in SCAN_SETTINGS}
+    own = {n: v for n, v in case.settings.items() if n != "note"}
+    if unknown := sorted(own.keys() - known):
+        has = ", ".join(sorted(known)) or "none"
+        raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s scan; it has: {has}.")
+    check_kinds(own, module.Config, what="the setting ")
+    return own
+
+
+def _scan_inputs(module):
+    """name -> whether it is required, of the arrays that a scan takes"""
+    given = inspect.signature(module.scan_forward).parameters.items()
+    return {n: p.default is p.empty for n, p in given if n not in SCAN_SETTINGS}
 
 
 def compute(case):
@@ -258,17 +307,21 @@ def _check_sources(case, part, sources):
         if given[name].shape != expected.shape:
             shapes = f"{given[name].shape}; expected {expected.shape}"
             raise Error(f"param.{name} has the shape {shapes}.")
-    allowed = {"in.x"} | ({"in.lengths"} if case.part == "network" else set())
-    if case.part == "init":
-        allowed = set()
-    elif "in.x" not in sources:
-        raise Error("in.x is missing.")
+    inputs = {"x": True} | ({"lengths": False} if case.part == "network" else {})
+    inputs = {} if case.part == "init" else inputs
+    if case.part == "scan":
+        inputs = _scan_inputs(network.model_module(case.model))
+    allowed = {f"in.{name}" for name in inputs}
+    for name, required in inputs.items():
+        if required and f"in.{name}" not in sources:
+            raise Error(f"in.{name} is missing.")
     if unknown := {n for n in sources if n.startswith("in.")} - allowed:
         raise Error(f"{sorted(unknown)[0]} is not an input of {case.model}'s {case.part}.")
     wants = [n for n in case.tensors if n.startswith("grad.")]
     if wants and "dout.y" not in sources:
         raise Error(f"dout.y is missing, so {wants[0]} cannot be recomputed.")
-    if unknown := {n for n in sources if n.startswith("dout.")} - {"dout.y"}:
+    feeds_back = {"dout.y"} | ({"dout.last_state"} if case.part == "scan" else set())
+    if unknown := {n for n in sources if n.startswith("dout.")} - feeds_back:
         raise Error(f"{sorted(unknown)[0]} is not the gradient of an output that feeds back here.")
     for name, t in sources.items():
         if t.dtype.kind == "f" and not np.isfinite(t).all():
@@ -361,7 +414,7 @@ def _perturb(x, half, rng):
 
 @contextlib.contextmanager
 def perturbed(half, rng, module):
-    """While this is open, every result of the pairs in ref.nn and in a model is off a little.
+    """While this is open, every result of a model's pairs, and of those it shares, is off a little.
 
     These are the named intermediates: projections, kernels, gates, convolutions, pooled features.
     """
@@ -377,7 +430,8 @@ def perturbed(half, rng, module):
 
         return perturbing
 
-    for owner in (nn, module):
+    shared = [nn, *([module.selective] if hasattr(module, "selective") else [])]
+    for owner in (*shared, module):
         for name, f in list(vars(owner).items()):
             if name.endswith(("_forward", "_backward")) and callable(f):
                 before.append((owner, name, f))
@@ -396,11 +450,12 @@ def _as_tuple(result):
 # Making cases
 
 
-def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
+def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0, initial_state=False):
     """A Case from the reference, for others to be checked against.
 
     Inputs and parameters are drawn and rounded to the precision; everything else is computed from
-    them in float64 and rounded once.   Error: an unknown part or setting, B or L below 1.
+    them in float64 and rounded once. initial_state: a scan gets one, and a gradient of its last.
+    Error: an unknown part or setting, B or L below 1, an initial state of what takes none.
     """
     module, rng = network.model_module(model), np.random.default_rng(seed)
     if B < 1 or L < 1:
@@ -410,6 +465,17 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
     head = Case(model, part, precision, settings, {})
     _check_part(module, model, part)
     cfg = _free_config(head, module)
+    if initial_state and part != "scan":
+        raise Error(f"a case of {model}'s {part} begins at its first position: only scan can not.")
+    if part == "scan":
+        own = {n: v for n, v in settings.items() if n in SCAN_SETTINGS}
+        inputs = module.scan_inputs(cfg, B, L, rng)
+        if not initial_state:
+            del inputs[module.SCAN_STATE]
+        sources = {f"in.{n}": _rounded(a, precision) for n, a in inputs.items()}
+        douts = ("y", "last_state") if initial_state else ("y",)
+        head = dataclasses.replace(head, settings=own)
+        return _made(head, Part(model, part, own), sources, douts, rng)
     if part == "network":
         names = ("n_layers", "decoder", "tied", "final_norm", "positions", "pool_from")
         own = {n: getattr(cfg, n) for n in names}
@@ -420,15 +486,23 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0):
         return dataclasses.replace(
             head, tensors={n: _rounded(t, precision) for n, t in results.items()}
         )
-    x = rng.standard_normal((B, L, cfg.d_model if part != "network" else cfg.d_input))
+    width = cfg.d_input if part == "network" else network.part_width(model, part, cfg)
+    x = rng.standard_normal((B, L, width))
     if part == "network" and cfg.tokens:
         x = rng.integers(0, cfg.d_input, (B, L))
     sources = {"in.x": x} | {f"param.{n}": t for n, t in p.init(rng).items()}
     sources = {n: _rounded(t, precision) for n, t in sources.items()}
-    y = _run(p, _float64(sources))["out.y"]
-    sources["dout.y"] = _rounded(rng.standard_normal(y.shape), precision)
-    results = _run(p, _float64(sources))
-    tensors = sources | {n: _rounded(t, precision) for n, t in results.items()}
+    return _made(head, p, sources, ("y",), rng)
+
+
+def _made(head, part, sources, douts, rng):
+    """The Case of these inputs and parameters, with random gradients of the outputs `douts`"""
+    outputs = _run(part, _float64(sources))
+    for name in douts:
+        dout = rng.standard_normal(outputs[f"out.{name}"].shape)
+        sources[f"dout.{name}"] = _rounded(dout, head.precision)
+    results = _run(part, _float64(sources))
+    tensors = sources | {n: _rounded(t, head.precision) for n, t in results.items()}
     return dataclasses.replace(head, tensors=tensors)
 
 

@@ -55,8 +55,20 @@ def check_pair(forward, backward, arrays, seed=0):
 _HOPE = {"d_model": 3, "d_state": 5, "convention": "lra", "dt_min": 0.1, "dt_max": 1.0}
 _SSM = {"d_model": 3, "d_state": 4, "dt_min": 0.1, "dt_max": 1.0}
 _ATTENTION = {"d_model": 6, "n_heads": 3, "d_mlp": 5, "block": 3, "depth": 2, "context": 12}
+_SCAN, _STEPS = {"d_model": 5, "d_state": 3}, {"dt_min": 0.1, "dt_max": 1.0}
 _PUBLISHED = {"bidirectional": True, "layout": "published"}
 CONFIGURATIONS = {
+    "longhorn": [
+        (_SCAN | {"dropout": 0.3}, 7),
+        (_SCAN | {"update": "exact"}, 9),
+        (_SCAN | {"d_state": 1, "expand": 1, "d_conv": 1, "dt_rank": 2}, 10),
+        (_SCAN, 2),
+    ],
+    "mamba": [
+        (_SCAN | _STEPS | {"dropout": 0.3}, 7),
+        (_SCAN | _STEPS | {"d_state": 1, "expand": 1, "d_conv": 1, "dt_rank": 2}, 10),
+        (_SCAN | _STEPS, 2),
+    ],
     "hope": [
         (_HOPE | {"bidirectional": True, "norm": "batch", "dropout": 0.3}, 7),
         (_HOPE | {"markov": "real", "prenorm": True}, 8),
@@ -87,6 +99,17 @@ CONFIGURATIONS = {
         (_ATTENTION, 2),
     ],
 }
+
+
+# How far parameters are moved off their initial values; where gates and norms multiply many small
+# ones, further, for else a gradient drowns in the rounding of the loss
+NOISE = {"longhorn": 0.3, "mamba": 0.3}
+
+
+def _moved(params, rng, model):
+    """params, all moved upwards: no zeros, no variance below what it was"""
+    far = NOISE.get(model, 0.1)
+    return {n: p + far * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
 
 
 # The layers of ref/nn.py: name -> (arrays, forward of them, names of the gradients that backward
@@ -125,6 +148,7 @@ def nn_pairs(rng):
         "fft_conv circular": ({"x": x, "k": normal(D, 5)}, {"mode": "circular"}),
         "fft_conv two-sided": ({"x": x, "k": normal(D, 2 * L - 1)}, {"mode": "two-sided"}),
         "skip": ({"y": normal(B, L, D), "D": normal(D), "x": x}, {}),
+        "gate": ({"y": x, "z": 2 * normal(B, L, D)}, {}),
         "mean_pool": ({"x": x}, {"lengths": lengths}),
         "mean_pool from a position on": ({"x": x}, {"lengths": lengths, "first": 2}),
         "last": ({"x": x}, {"lengths": lengths}),
@@ -166,14 +190,75 @@ def model_pairs(model, rng):
         label = ", ".join([*label, f"L={L}"])
         for part in ("operator", "mixer", "block"):
             params = getattr(module, f"{part}_init")(cfg, rng, "float64")
-            params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+            params = _moved(params, rng, model)
             pair = _part_pair(module, part, cfg, params)
             yield (
                 f"{part}: {label}",
                 *pair,
-                params | {"x": rng.standard_normal((2, L, cfg.d_model))},
+                params | {"x": rng.standard_normal((2, L, network.part_width(model, part, cfg)))},
             )
+        if hasattr(module, "scan_forward"):
+            yield from _scan_pairs(module, cfg, label, L, rng)
+            yield from _state_pairs(model, module, cfg, label, L, rng)
     yield from _network_pairs(model, module, rng)
+
+
+def _scan_pairs(module, cfg, label, L, rng):
+    """A scan with all of its arguments, the last state an output, and with those it must have"""
+    arrays = module.scan_inputs(cfg, 2, L, rng)
+    settings = {"update": cfg.update} if hasattr(cfg, "update") else {}
+    optional = ("D", "z", "dt_bias", module.SCAN_STATE)
+
+    def forward(arrays):
+        y, last, cache = module.scan_forward(**arrays, **settings)
+        return _joined(y, last), (cache, y.shape, last.shape)
+
+    def backward(dout, cache):
+        cache, *shapes = cache
+        dy, dlast = _cut(dout, shapes)
+        return module.scan_backward(dy, cache, dlast)
+
+    yield f"scan: {label}", forward, backward, arrays
+    needed = {n: a for n, a in arrays.items() if n not in optional}
+    yield f"scan, bare: {label}", forward, backward, needed
+
+
+def _state_pairs(model, module, cfg, label, L, rng):
+    """Mixer and block from a state to a state"""
+    for part in ("mixer", "block"):
+        params = getattr(module, f"{part}_init")(cfg, rng, "float64")
+        params = _moved(params, rng, model)
+        state = module.state(params, cfg, 2)
+        state = {f"state.{n}": rng.standard_normal(a.shape) for n, a in state.items()}
+        after = module.selective.mixer_state if part == "mixer" else module.final_state
+
+        def forward(arrays, part=part, params=params, state=state, after=after):
+            given, before = {n: arrays[n] for n in params}, {n[6:]: arrays[n] for n in state}
+            run = getattr(module, f"{part}_forward")
+            y, cache = run(given, arrays["x"], cfg, np.random.default_rng(1), before)
+            last = after(cache)
+            shapes = y.shape, last["conv"].shape, last["ssm"].shape
+            return _joined(y, last["conv"], last["ssm"]), (cache, shapes)
+
+        def backward(dout, cache, part=part):
+            cache, shapes = cache
+            dy, dconv, dssm = _cut(dout, shapes)
+            run = getattr(module, f"{part}_backward")
+            dx, grads = run(dy, cache, {"conv": dconv, "ssm": dssm})
+            return grads | {"x": dx}
+
+        x = rng.standard_normal((2, L, cfg.d_model))
+        yield f"{part} with states: {label}", forward, backward, params | state | {"x": x}
+
+
+def _joined(*outputs):
+    return np.concatenate([y.ravel() for y in outputs])
+
+
+def _cut(dout, shapes):
+    """The inverse of _joined"""
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    return [d.reshape(s) for d, s in zip(np.split(dout, ends[:-1]), shapes, strict=True)]
 
 
 def _part_pair(module, part, cfg, params):
@@ -203,7 +288,7 @@ def _network_pairs(model, module, rng):
         own = {"n_layers": 2, "d_input": 6, "d_output": 4, "decoder": decoder} | extra
         cfg = network.Config(model, module.Config(**layer), **own, final_norm=True)
         params = network.init(cfg, rng, "float64")
-        params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+        params = _moved(params, rng, model)
         x = rng.integers(0, 6, (2, L)) if cfg.tokens else rng.standard_normal((2, L, 6))
         lengths = None if decoder == "lm" else np.array([L, L - 2])
 

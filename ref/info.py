@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from ref import Error, network, presets
+from ref import Error, network, presets, selective
 
 
 def describe(model, settings, L):
@@ -105,8 +105,23 @@ def _attention_costs(cfg, L):
     }
 
 
+def _scan_costs(cfg, L):
+    """An exponential of Mamba's counts as 10 operations"""
+    (E, R), D, N = selective.sizes(cfg), cfg.d_model, cfg.d_state
+    one = 10 + 6 if hasattr(cfg, "dt_min") else 7
+    return {
+        "projections": 6 * D * E + 2 * E * (2 * R + 2 * N),
+        "short convolution": (2 * cfg.d_conv + 1) * E,
+        "scan, which is one step of the recurrence too": (one * N + 10) * E,
+        "gate, activations": 20 * E,
+        "norm, residual": 6 * D,
+    }
+
+
 COSTS = {
     "hope": _hope_costs,
+    "longhorn": _scan_costs,
+    "mamba": _scan_costs,
     "s4": _ssm_costs,
     "s4d": _ssm_costs,
     "transformer": _attention_costs,

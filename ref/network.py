@@ -11,6 +11,7 @@ decoder   mean: mean over a sequence's own length, then linear     decoder.weigh
           lm: every position, by the embedding (tied) or linear
 """
 
+import dataclasses
 import importlib
 import math
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from ref import Error, backend, block, nn
 from ref.backend import array_module, check_choice
 
-MODELS = ("hope", "s4", "s4d", "transformer")
+MODELS = ("hope", "s4", "s4d", "longhorn", "mamba", "transformer")
 DECODERS = ("mean", "last", "match", "lm")
 
 
@@ -26,6 +27,13 @@ def model_module(name):
     """The module of a model.   Error: unknown name"""
     check_choice("model", name, MODELS)
     return importlib.import_module(f"ref.{name}")
+
+
+def part_width(name, part, layer):
+    """Channels of the input of a model's part: d_model but for the scans' operators"""
+    module = model_module(name)
+    wide = part == "operator" and hasattr(module, "operator_width")
+    return module.operator_width(layer) if wide else layer.d_model
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Config:
     tokens: bool = True
     decoder: str = "mean"
     tied: bool = False  # lm: the decoder is the embedding
+    decoder_bias: bool = True  # of a decoder that is not tied
     final_norm: bool = False
     positions: int = 0  # learned absolute positions, the longest input; 0: none
     pool_from: int = 0  # mean and match: the first position that is pooled
@@ -72,7 +81,7 @@ class Config:
 
 def init(cfg, rng, dtype="float32"):
     """Parameters on the host: embedding normal, linear layers uniform in ±1/sqrt(inputs); beside
-    learned positions, both normal with deviation 0.02 as in GPT-2"""
+    learned positions, both normal with deviation 0.02 as in GPT-2; or with the model's own"""
     D, model = cfg.layer.d_model, model_module(cfg.model)
 
     def linear(name, inputs, outputs):
@@ -80,7 +89,7 @@ def init(cfg, rng, dtype="float32"):
         weight, bias = rng.uniform(-r, r, (outputs, inputs)), rng.uniform(-r, r, outputs)
         return {f"{name}.weight": weight.astype(dtype), f"{name}.bias": bias.astype(dtype)}
 
-    deviation = 0.02 if cfg.positions else 1.0
+    deviation = 0.02 if cfg.positions else getattr(model, "EMBEDDING_DEVIATION", 1.0)
     if cfg.tokens:
         params = {"encoder.weight": rng.standard_normal((cfg.d_input, D)) * deviation}
     else:
@@ -95,7 +104,11 @@ def init(cfg, rng, dtype="float32"):
         params |= _within("final.", block.norm_init(cfg.layer.norm, D, xp, dtype))
     if cfg.decoder == "match":
         params |= linear("match", 4 * D, D)
-    return params if cfg.tied else params | linear("decoder", D, cfg.d_output)
+    if not cfg.tied:
+        params |= linear("decoder", D, cfg.d_output)
+    if not cfg.decoder_bias:
+        params.pop("decoder.bias", None)
+    return params
 
 
 def _within(prefix, params):
@@ -111,15 +124,21 @@ def layer_params(params, i):
     return {name: p[i] for name, p in _under("blocks.", params).items()}
 
 
-def forward(params, x, cfg, lengths=None, rng=None):
+def forward(params, x, cfg, lengths=None, rng=None, state=None, where=None):
     """x (B, L) tokens or (B, L, C), lengths (B,) -> y (B, d_output); for match (B/2, d_output), for
-    lm (B, L, d_output).   rng given: training
+    lm (B, L, d_output), or (n, d_output) of the n positions where `where` (B, L) is true.
+    rng given: training;   state: of what came before x, for the scans
 
-    Error: a token outside the vocabulary, a length outside pool_from+1..L, a wrong shape.
+    Error: a token outside the vocabulary, a length outside pool_from+1..L, a wrong shape, a state
+    where the model takes none.
     """
     _check_input(x, cfg, lengths)
+    if where is not None and (cfg.decoder != "lm" or where.shape != x.shape[:2]):
+        raise Error(f"where is for decoder 'lm' and has the shape {tuple(x.shape[:2])}.")
     model, xp = model_module(cfg.model), array_module(params["encoder.weight"])
     masked = {"lengths": lengths} if getattr(model, "MASKED", False) else {}
+    if state is not None and not hasattr(model, "final_state"):
+        raise Error(f"{cfg.model} goes on from a state by `step` alone; forward starts anew.")
     if cfg.tokens:
         z, encoder = nn.embedding_forward(x, params["encoder.weight"])
     else:
@@ -128,7 +147,8 @@ def forward(params, x, cfg, lengths=None, rng=None):
         z = z + params["encoder.position"][: x.shape[1]]
     blocks = []
     for i in range(cfg.n_layers):
-        z, cache = model.block_forward(layer_params(params, i), z, cfg.layer, rng, **masked)
+        own = masked if state is None else masked | {"state": state["blocks"][i]}
+        z, cache = model.block_forward(layer_params(params, i), z, cfg.layer, rng, **own)
         blocks.append(cache)
     final = pool = match = None
     if cfg.final_norm:
@@ -141,18 +161,29 @@ def forward(params, x, cfg, lengths=None, rng=None):
             z, pool = nn.mean_pool_forward(z, lengths, cfg.pool_from)
     if cfg.decoder == "match":
         z, match = _match_forward(params, z)
+    shape = z.shape
+    if where is not None:
+        z = z[where]
     W = params["encoder.weight" if cfg.tied else "decoder.weight"]
     y, decoder = nn.linear_forward(z, W, params.get("decoder.bias"))
-    return y, (cfg, encoder, blocks, final, pool, match, decoder)
+    return y, (cfg, encoder, blocks, final, pool, match, (decoder, where, shape))
 
 
-def backward(dy, cache):
-    """dy like y -> dx (None for tokens), grads with the names and shapes of the trained params"""
+def backward(dy, cache, dstate=None):
+    """dy like y -> dx (None for tokens), grads with the names and shapes of the trained params
+
+    dstate: the gradient of final_state(cache). That of a state that forward was given stands in
+    grads as blocks.state.<name>, (n_layers, ...).
+    """
     cfg, encoder, blocks, final, pool, match, decoder = cache
     model, xp, grads = model_module(cfg.model), array_module(dy), {}
+    decoder, where, shape = decoder
     dz, dW, db = nn.linear_backward(dy, decoder)
     if not cfg.tied:
-        grads |= {"decoder.weight": dW, "decoder.bias": db}
+        grads |= {"decoder.weight": dW} | ({"decoder.bias": db} if cfg.decoder_bias else {})
+    if where is not None:
+        chosen, dz = dz, xp.zeros(shape, dtype=dz.dtype)
+        dz[where] = chosen
     if cfg.decoder == "match":
         dz, match_grads = _match_backward(dz, match)
         grads |= match_grads
@@ -162,7 +193,8 @@ def backward(dy, cache):
         dz, final_grads = block.norm_backward(dz, final)
         grads |= _within("final.", final_grads)
     for i in reversed(range(cfg.n_layers)):
-        dz, layer_grads = model.block_backward(dz, blocks[i])
+        after = {} if dstate is None else {"dstate": dstate["blocks"][i]}
+        dz, layer_grads = model.block_backward(dz, blocks[i], **after)
         for name, g in layer_grads.items():
             if i == cfg.n_layers - 1:
                 grads[f"blocks.{name}"] = xp.empty((cfg.n_layers, *g.shape), dtype=g.dtype)
@@ -199,6 +231,50 @@ def _match_backward(dz, cache):
     d1, d2, dproduct, ddifference = xp.split(dfeatures, 4, axis=1)
     dp1, dp2 = d1 + dproduct * p2 + ddifference, d2 + dproduct * p1 - ddifference
     return xp.concatenate([dp1, dp2]), {"match.weight": dW, "match.bias": db}
+
+
+# Recurrent form
+
+
+def state(params, cfg, batch):
+    """What decoding knows before the first position.   Error: a block is not causal"""
+    model = model_module(cfg.model)
+    blocks = [model.state(layer_params(params, i), cfg.layer, batch) for i in range(cfg.n_layers)]
+    return {"position": 0, "blocks": blocks}
+
+
+def step(params, x_t, state, cfg):
+    """One position of a language model.   x_t (B,) tokens or (B, C) -> logits (B, d_output), state
+
+    Error: a token outside the vocabulary, another decoder, no position left
+    """
+    if cfg.decoder != "lm":
+        raise Error(f"decoder={cfg.decoder!r} sees a whole sequence; only 'lm' goes step by step.")
+    _check_input(x_t[:, None], dataclasses.replace(cfg, positions=0), None)
+    model, t, blocks = model_module(cfg.model), state["position"], []
+    if 0 < cfg.positions <= t:
+        raise Error(f"the network has {cfg.positions} positions, and they are full.")
+    if cfg.tokens:
+        z = params["encoder.weight"][x_t]
+    else:
+        z, _ = nn.linear_forward(x_t, params["encoder.weight"], params["encoder.bias"])
+    if cfg.positions:
+        z = z + params["encoder.position"][t]
+    for i in range(cfg.n_layers):
+        z, own = model.step(layer_params(params, i), z, state["blocks"][i], cfg.layer)
+        blocks.append(own)
+    if cfg.final_norm:
+        z, _ = block.norm_forward(_under("final.", params), z, cfg.layer.norm, False)
+    W = params["encoder.weight" if cfg.tied else "decoder.weight"]
+    y, _ = nn.linear_forward(z, W, params.get("decoder.bias"))
+    return y, {"position": t + 1, "blocks": blocks}
+
+
+def final_state(cache, position=0):
+    """The state after forward's input, from which step and forward go on; scans have one"""
+    cfg, _, blocks, *_ = cache
+    model = model_module(cfg.model)
+    return {"position": position, "blocks": [model.final_state(own) for own in blocks]}
 
 
 def running_statistics(params, cache):
@@ -263,21 +339,24 @@ def _check_input(x, cfg, lengths):
 
 
 # Names of the published code: a model says where a layer's names stand within its network, and, in
-# PUBLISHED_NETWORK, what it calls the parameters outside of the layers
+# PUBLISHED_NETWORK or published_network(layer), what it calls the parameters outside of the layers
 
 
 def from_published(tensors, cfg):
-    """The published state dict of a network -> params"""
+    """The published state dict of a network -> params.   Error: a tied head is not the embedding"""
     model, layers = model_module(cfg.model), []
     for i in range(cfg.n_layers):
         own = {}
         for ours, theirs in model.PUBLISHED_LAYER.items():
             own |= _within(ours, _under(theirs.format(i=i), tensors))
         layers.append(model.from_published(own, cfg.layer, "block"))
-    params = {
-        ours: t for name, t in tensors.items() if (ours := outside_names(cfg.model).get(name))
-    }
+    names = outside_names(cfg.model, cfg.layer)
+    params = {names[name]: t for name, t in tensors.items() if name in names}
     xp = array_module(next(iter(tensors.values())))
+    if cfg.tied and "decoder.weight" in params:
+        head = params.pop("decoder.weight")
+        if not xp.array_equal(head, params["encoder.weight"]):
+            raise Error("the head is tied to the embedding, but the two differ.")
     return params | {
         f"blocks.{name}": xp.stack([layer[name] for layer in layers]) for name in layers[0]
     }
@@ -286,8 +365,10 @@ def from_published(tensors, cfg):
 def to_published(params, cfg):
     """params (or their gradients) -> the published names and shapes"""
     model = model_module(cfg.model)
-    names = {ours: theirs for theirs, ours in outside_names(cfg.model).items()}
+    names = {ours: theirs for theirs, ours in outside_names(cfg.model, cfg.layer).items()}
     tensors = {names[name]: p for name, p in params.items() if name in names}
+    if cfg.tied and hasattr(model, "lists_tied_head") and model.lists_tied_head(cfg.layer):
+        tensors[names["decoder.weight"]] = params["encoder.weight"]
     for i in range(cfg.n_layers):
         own = model.to_published(layer_params(params, i), cfg.layer, "block")
         for ours, theirs in model.PUBLISHED_LAYER.items():
@@ -295,13 +376,17 @@ def to_published(params, cfg):
     return tensors
 
 
-def outside_names(model):
+def outside_names(model, layer):
     """Published name -> ours, of the parameters outside of the layers"""
     ours = [
         f"{part}.{kind}" for part in ("encoder", "match", "decoder") for kind in ("weight", "bias")
     ]
     ours += ["encoder.position", *(f"final.{name}" for name in block.PUBLISHED_NORM)]
-    theirs = getattr(model_module(model), "PUBLISHED_NETWORK", {})
+    module = model_module(model)
+    if hasattr(module, "published_network"):
+        theirs = module.published_network(layer)
+    else:
+        theirs = getattr(module, "PUBLISHED_NETWORK", {})
     return {theirs.get(name, name): name for name in ours}
 
 

@@ -13,7 +13,7 @@ from ref.backend import array_module, check_choice, irfft, rfft, twins
 EPS = 1e-5  # of the norms, inside the root
 
 
-def _sum_rows(x):
+def sum_rows(x):
     """(..., D) -> (D,), one axis at a time: the rounding of short sums, not of one long one."""
     while x.ndim > 1:
         x = x.sum(axis=-2)
@@ -36,7 +36,7 @@ def linear_backward(dy, cache):
     x, W = cache
     rows = dy.reshape(-1, dy.shape[-1])
     dx = (rows @ W).reshape(x.shape)
-    return dx, rows.T @ x.reshape(-1, x.shape[-1]), _sum_rows(dy)
+    return dx, rows.T @ x.reshape(-1, x.shape[-1]), sum_rows(dy)
 
 
 def embedding_forward(tokens, W):
@@ -78,22 +78,25 @@ def layer_norm_backward(dy, cache):
         return twin.layer_norm_backward(dy, x, mean, r, weight)
     xhat, g = (x - mean) * r, dy * weight
     dx = r * (g - g.mean(axis=-1, keepdims=True) - xhat * (g * xhat).mean(axis=-1, keepdims=True))
-    return dx, _sum_rows(dy * xhat), _sum_rows(dy)
+    return dx, sum_rows(dy * xhat), sum_rows(dy)
 
 
 def rms_norm_forward(x, weight):
     """x (..., D), weight (D,) -> y = weight x̂,  x̂ = x / sqrt(mean(x²) + eps) over D"""
-    xp = array_module(x)
-    r = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + EPS)
-    xhat = x * r
-    return weight * xhat, (xhat, r, weight)
+    if twin := twins("nn", x):
+        y, r = twin.rms_norm_forward(x, weight, EPS)
+        return y, (x, r, weight)
+    r = 1 / array_module(x).sqrt((x * x).mean(axis=-1, keepdims=True) + EPS)
+    return weight * (x * r), (x, r, weight)
 
 
 def rms_norm_backward(dy, cache):
     """dy (..., D) -> dx, dweight.   dx = r (g - x̂ mean(g x̂)),  g = weight dy"""
-    xhat, r, weight = cache
-    g = dy * weight
-    return r * (g - xhat * (g * xhat).mean(axis=-1, keepdims=True)), _sum_rows(dy * xhat)
+    x, r, weight = cache
+    if twin := twins("nn", dy):
+        return twin.rms_norm_backward(dy, x, r, weight)
+    xhat, g = x * r, dy * weight
+    return r * (g - xhat * (g * xhat).mean(axis=-1, keepdims=True)), sum_rows(dy * xhat)
 
 
 def batch_norm_forward(x, weight, bias, mean, var, training):
@@ -115,9 +118,9 @@ def batch_norm_forward(x, weight, bias, mean, var, training):
 def _moments(x, count):
     if twin := twins("nn", x):
         return twin.batch_norm_moments(x)
-    mean = _sum_rows(x) / count
+    mean = sum_rows(x) / count
     centred = x - mean
-    return mean, _sum_rows(centred * centred) / count
+    return mean, sum_rows(centred * centred) / count
 
 
 def batch_norm_backward(dy, cache):
@@ -131,7 +134,7 @@ def batch_norm_backward(dy, cache):
         dweight, dbias = twin.batch_norm_sums(dy, x, mean, r)
     else:
         xhat = (x - mean) * r
-        dweight, dbias = _sum_rows(dy * xhat), _sum_rows(dy)
+        dweight, dbias = sum_rows(dy * xhat), sum_rows(dy)
     if not training:
         return dy * (weight * r), dweight, dbias
     if twin:
@@ -197,30 +200,52 @@ def sigmoid(x):
 
 def sigmoid_forward(x):
     """y = sigmoid(x)"""
-    y = sigmoid(x)
+    twin = twins("nn", x)
+    y = twin.sigmoid_forward(x) if twin else sigmoid(x)
     return y, (y,)
 
 
 def sigmoid_backward(dy, cache):
     """dx = dy y (1 - y)"""
     (y,) = cache
-    return dy * y * (1 - y)
+    twin = twins("nn", dy)
+    return twin.sigmoid_backward(dy, y) if twin else dy * y * (1 - y)
 
 
 def silu_forward(x):
-    """y = x sigmoid(x)"""
-    s = sigmoid(x)
-    return x * s, (x, s)
+    """y = x s,  s = sigmoid(x)"""
+    twin = twins("nn", x)
+    return (twin.silu_forward(x) if twin else x * sigmoid(x)), (x,)
 
 
 def silu_backward(dy, cache):
     """dx = dy s (1 + x (1 - s))"""
-    x, s = cache
+    (x,) = cache
+    if twin := twins("nn", dy):
+        return twin.silu_backward(dy, x)
+    s = sigmoid(x)
     return dy * s * (1 + x * (1 - s))
+
+
+def gate_forward(y, z):
+    """y, z (...) -> y silu(z)"""
+    twin = twins("nn", y)
+    return (twin.gate_forward(y, z) if twin else y * (z * sigmoid(z))), (y, z)
+
+
+def gate_backward(dout, cache):
+    """dout (...) -> dy, dz.   s = sigmoid(z)"""
+    y, z = cache
+    if twin := twins("nn", dout):
+        return twin.gate_backward(dout, y, z)
+    s = sigmoid(z)
+    return dout * (z * s), dout * y * s * (1 + z * (1 - s))
 
 
 def softplus_forward(x):
     """y = log(1 + exp(x)), for any x"""
+    if twin := twins("nn", x):
+        return twin.softplus_forward(x), (x,)
     xp = array_module(x)
     return xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x))), (x,)
 
@@ -228,7 +253,8 @@ def softplus_forward(x):
 def softplus_backward(dy, cache):
     """dx = dy sigmoid(x)"""
     (x,) = cache
-    return dy * sigmoid(x)
+    twin = twins("nn", dy)
+    return twin.softplus_backward(dy, x) if twin else dy * sigmoid(x)
 
 
 def relu_forward(x):
@@ -296,20 +322,25 @@ def short_conv_forward(x, w, b=None, before=None):
     xp, (B, L, C), K = array_module(x), x.shape, w.shape[2]
     if before is None:
         before = xp.zeros((B, K - 1, C), dtype=x.dtype)
+    if twin := twins("nn", x):
+        return twin.short_conv_forward(x, w, b, before), (x, w, before)
     padded = xp.concatenate([before, x], axis=1)
     y = sum(w[:, 0, j] * padded[:, j : j + L] for j in range(K))
-    return (y if b is None else y + b), (padded, w)
+    return (y if b is None else y + b), (x, w, before)
 
 
 def short_conv_backward(dy, cache):
     """dy (B, L, C) -> dx, dw, db, dbefore"""
-    padded, w = cache
+    x, w, before = cache
+    if twin := twins("nn", dy):
+        return twin.short_conv_backward(dy, x, w, before)
     xp, L, K = array_module(dy), dy.shape[1], w.shape[2]
-    dw = xp.stack([_sum_rows(dy * padded[:, j : j + L]) for j in range(K)], axis=1)
+    padded = xp.concatenate([before, x], axis=1)
+    dw = xp.stack([sum_rows(dy * padded[:, j : j + L]) for j in range(K)], axis=1)
     dpadded = xp.zeros(padded.shape, dtype=dy.dtype)
     for j in range(K):
         dpadded[:, j : j + L] += w[:, 0, j] * dy
-    return dpadded[:, K - 1 :], dw[:, None, :], _sum_rows(dy), dpadded[:, : K - 1]
+    return dpadded[:, K - 1 :], dw[:, None, :], sum_rows(dy), dpadded[:, : K - 1]
 
 
 def short_conv_step(x_t, state, w, b=None):
@@ -400,7 +431,7 @@ def skip_backward(dy, cache):
     D, x = cache
     if twin := twins("nn", x):
         return dy, *twin.skip_backward(dy, D, x)
-    return dy, _sum_rows(dy * x), D * dy
+    return dy, sum_rows(dy * x), D * dy
 
 
 # Pooling and loss

@@ -45,7 +45,8 @@ def draw(what, run, models, settings, length, seed, path):
         elif what == "kernel":
             pictures[title] = module.impulse_response(params, cfg, L)
         else:
-            x = np.random.default_rng(seed).standard_normal((1, L, cfg.d_model))
+            width = network.part_width(module.__name__.rpartition(".")[2], "operator", cfg)
+            x = np.random.default_rng(seed).standard_normal((1, L, width))
             pictures[title] = module.matrix(params, cfg, x, L)[0]  # attention's depends on x
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
 
@@ -107,10 +108,10 @@ def curves(run, path):
         )
         axis.set(xlabel="step", ylabel=name + (" (nats)" if name == "loss" else ""))
         axis.grid(alpha=0.3)
-    for (name, value), style in zip(
-        result["baselines"].items(), ("--", ":", "-.", "--"), strict=False
-    ):
-        right.axhline(value, color="gray", ls=style, label=f"{name} {value:.3f}")
+    for axis, name in ((left, "loss_baselines"), (right, "baselines")):
+        baselines = result.get(name, {}).items()
+        for (what, value), style in zip(baselines, ("--", ":", "-.", "--"), strict=False):
+            axis.axhline(value, color="gray", ls=style, label=f"{what} {value:.3f}")
     if "test_accuracy" in result:
         right.axhline(
             result["test_accuracy"], color="tab:green", label=f"test {result['test_accuracy']:.3f}"
@@ -176,6 +177,7 @@ def matrix(layers, path):
             limit = np.abs(M[d]).max() or 1
             colours = SymLogNorm(1e-3 * limit, vmin=-limit, vmax=limit)
             axis.imshow(M[d], cmap="RdBu", norm=colours, interpolation="nearest")
-            axis.set(title=f"{title}, channel {d}", xlabel="s", ylabel="t")
+            axis.set(xlabel="s", ylabel="t")
+            axis.set_title(f"{title}, channel {d}", fontsize="small")
     figure.tight_layout()
     _save(figure, path)

@@ -13,6 +13,7 @@ from ref.backend import check_choice
 from ref.files import read_json
 
 PRESETS = ("small", "paper")
+TIED = ("longhorn", "mamba", "transformer")  # models whose papers decode by the embedding
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Run:
     threads: int = 0  # 0: all cores
     minutes: float = 0.0  # train at most so long; 0: no limit
     data_dir: str = ""  # "": $REF_DATA_DIR or the user's cache
-    max_length: int = 0  # tokens that a text is cut to; 0: the data set's own length
+    max_length: int = 0  # tokens that a text is cut to, or of a window; 0: the data set's own
 
     def __post_init__(self):
         check_choice("preset", self.preset, PRESETS)
@@ -44,14 +45,21 @@ def _field(default, text):
     return field(default=default, metadata={"help": text})
 
 
+def _listed(names):
+    return ", ".join(names)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All about a run that is not the model's layer."""
 
     n_layers: int = _field(4, "Blocks.")
     decoder: str = _field(
-        "auto", "auto: mean over positions, match for two documents; last: position; lm: each."
+        "auto",
+        "auto: mean over positions, match for two documents, lm for a target at each; last: "
+        "position.",
     )
+    tied: str = _field("auto", f"lm: the embedding decodes; yes, no; auto: of {_listed(TIED)}.")
     batch_size: int = _field(32, "Samples a step.")
     steps: int = _field(0, "Optimiser steps; 0: --epochs decides.")
     epochs: float = _field(0.0, "Passes over the training data; 0: --minutes decides.")
@@ -63,7 +71,14 @@ class Recipe:
     warmup: int = _field(200, "Steps of linear warm-up before the cosine.")
     clip: float = _field(1.0, "Largest norm of the whole gradient; 0: no clipping.")
     eval_every: int = _field(500, "Steps between evaluations on the validation split.")
-    eval_samples: int = _field(0, "Samples that an evaluation looks at; 0: the whole split.")
+    eval_samples: int = _field(
+        0, "Samples or windows that an evaluation looks at; 0: the whole split."
+    )
+    eval_protocol: str = _field(
+        "stream",
+        "Of language models. stream: contiguous windows, each token once; sliding: windows at "
+        "stride 1.",
+    )
     log_every: int = _field(10, "Steps between lines of metrics.jsonl.")
     save_every: int = _field(0, "Steps between checkpoints; 0: every 30 seconds.")
 
@@ -86,6 +101,8 @@ class Recipe:
             if not getattr(self, name) >= 0:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
         check_choice("decoder", self.decoder, ("auto", *network.DECODERS))
+        check_choice("tied", self.tied, ("auto", "yes", "no"))
+        check_choice("eval_protocol", self.eval_protocol, ("stream", "sliding"))
         if self.steps and self.epochs:
             raise Error(f"steps={self.steps} and epochs={self.epochs}: give one of the two.")
 
@@ -100,8 +117,10 @@ def preset(model, data, name):
     check_choice("preset", name, PRESETS)
     if name == "small":
         small = _recipes()["small"]
-        own = small["model"].get(model, {}) | small["data"].get(data, {"epochs": 1.0})
-        return small["all"] | own | small.get(model, {}).get(data, {})
+        of_model, of_data = small["model"].get(model, {}), small["data"].get(data, {"epochs": 1.0})
+        if of_data.get("decoder") == "lm":
+            of_model = of_model | small["lm"].get(model, {})
+        return small["all"] | of_model | of_data | small.get(model, {}).get(data, {})
     if data not in published(model):
         raise Error(
             f"there is no published recipe of {model} on {data} here; "
@@ -124,6 +143,25 @@ def published(model):
 # The settings of a run
 
 
+def network_config(settings, layer, decoder, d_input, d_output, tokens=True, pool_from=0):
+    """The network.Config of a run's settings, the layer fitted to its data"""
+    recipe = Recipe(**settings["recipe"])
+    usual = decoder == "lm" and settings["model"] in TIED
+    return network.Config(
+        model=settings["model"],
+        layer=layer,
+        n_layers=recipe.n_layers,
+        d_input=d_input,
+        d_output=d_output,
+        tokens=tokens,
+        decoder=decoder,
+        tied=usual if recipe.tied == "auto" else recipe.tied == "yes",
+        final_norm=layer.prenorm,
+        positions=getattr(layer, "context", 0),
+        pool_from=pool_from,
+    )
+
+
 def make_settings(options):
     """Everything that decides a run, as config.json keeps it: the preset, then the options given
 
@@ -141,7 +179,9 @@ def make_settings(options):
         raise Error("steps, epochs and minutes are all 0: nothing to train.")
     # What no data set can make possible is refused before any is loaded.
     decoder = "mean" if recipe.decoder == "auto" else recipe.decoder
-    network.Config(run.model, layer, recipe.n_layers, 1, 1, decoder=decoder)
+    network.Config(
+        run.model, layer, recipe.n_layers, 1, 1, decoder=decoder, tied=recipe.tied == "yes"
+    )
     return asdict(run) | {"layer": asdict(layer), "recipe": asdict(recipe)}
 
 
@@ -160,13 +200,18 @@ def read_settings(path):
         _check_names(saved["recipe"], {f.name for f in fields(Recipe)})
         if not isinstance(saved["machine"], dict):
             raise Error("machine is no object.")
+        words = saved["vocabulary"]
+        if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            raise Error("vocabulary is no list of texts.")
         run = {f.name: saved[f.name] for f in fields(Run)}
         return saved | make_settings(run | saved["layer"] | saved["recipe"])
     except Error as e:
         raise Error(f"{path} is not as this program writes it: {e}") from e
 
 
-RECORDED = ("machine", "data_checksum")  # what a run adds to its settings in config.json
+# What a run adds to its settings in config.json. The vocabulary is a language model's, for decoding
+# without its data; of other runs it is empty.
+RECORDED = ("machine", "data_checksum", "vocabulary")
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 

@@ -77,11 +77,14 @@ def save_checkpoint(path, params, moments, state):
     write_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(path, params, moments):
-    """-> params, moments, state.   Error: missing, damaged, or of another configuration"""
+def load_checkpoint(path, params, moments=None):
+    """-> params, moments, state.   Error: missing, damaged, or of another configuration
+
+    Without moments those in the file are left alone.
+    """
     tensors, metadata = read_tensors(path)
     expected = {f"param.{n}": p for n, p in params.items()}
-    expected |= {f"adamw.{n}": p for n, p in moments.items()}
+    expected |= {f"adamw.{n}": p for n, p in (moments or {}).items()}
     if metadata.get("format") != FORMAT:
         raise Error(
             f"{path} is not a checkpoint of this program: its format is "
@@ -89,7 +92,8 @@ def load_checkpoint(path, params, moments):
         )
     if metadata.get("sha256") != checksum(tensors, metadata.get("state", "")):
         raise Error(f"{path} is damaged: its checksum differs.")
-    for name in sorted(expected.keys() | tensors.keys()):
+    names = {n for n in tensors if moments is not None or n.startswith("param.")}
+    for name in sorted(expected.keys() | names):
         have, want = tensors.get(name), expected.get(name)
         if have is None or want is None or have.shape != want.shape or have.dtype != want.dtype:
             what = ["nothing" if t is None else f"{t.dtype} {t.shape}" for t in (have, want)]
@@ -98,7 +102,7 @@ def load_checkpoint(path, params, moments):
                 f"{what[1]} in config.json."
             )
     params = {n: tensors[f"param.{n}"] for n in params}
-    moments = {n: tensors[f"adamw.{n}"] for n in moments}
+    moments = {n: tensors[f"adamw.{n}"] for n in moments or ()}
     return params, moments, json.loads(metadata["state"])
 
 
@@ -228,9 +232,10 @@ class Budget:
         return step + max(1, int((self.seconds - seconds) * rate))
 
 
-def memory_estimate(params, cfg, batch_size, length):
+def memory_estimate(params, cfg, batch_size, length, decoded=0):
     """Bytes that a training step on the longest batch holds: four times the parameters, and what
-    the forward pass keeps
+    the forward pass keeps; of a language model also the logits of `decoded` positions, their
+    softmax and its gradient
 
     Found from short sequences, one and two of them: a sample's own part grows with its length; the
     kernels, which a batch shares, may or may not.
@@ -252,6 +257,7 @@ def memory_estimate(params, cfg, batch_size, length):
     growth = max(0, shared - of_half) / max(1, short - half)
     kernels = shared + growth * (length - short)
     total = kernels + sample * batch_size * length / short
+    total += 2 * decoded * cfg.d_output * params["encoder.weight"].itemsize
     return 4 * sum(p.nbytes for p in params.values()) + 1.5 * total
 
 

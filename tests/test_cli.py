@@ -51,7 +51,7 @@ def test_case_then_verify(tmp_path):
 
 def test_wrong_usage(tmp_path):
     path = tmp_path / "c.safetensors"
-    assert "mamba" in ref("case", "--model", "mamba", "--part", "scan", "-o", path, expect=2)
+    assert "mumba" in ref("case", "--model", "mumba", "--part", "scan", "-o", path, expect=2)
     for arguments in (
         ("verify",),
         ("verfy", "x"),
@@ -87,7 +87,7 @@ def test_wrong_usage(tmp_path):
 
 def test_help_has_examples():
     assert "Example" in ref("--help")
-    for command in ("verify", "case", "gradcheck", "info", "plot", "bench"):
+    for command in ("verify", "case", "gradcheck", "info", "plot", "generate", "bench"):
         assert f"Example: python -m ref {command}" in " ".join(ref(command, "--help").split())
 
 

@@ -298,10 +298,10 @@ def test_an_archive_that_reaches_out_of_its_folder_is_refused(server, tmp_path, 
 
 
 def test_the_table_is_well_formed():
-    assert len(data.DOWNLOADS) == 6
+    assert len(data.DOWNLOADS) == 7
     for name, download in data.DOWNLOADS.items():
         assert download.url.startswith("https://")
         assert download.url.endswith("/" + name)
         assert re.fullmatch("[0-9a-f]{64}", download.sha256)
         assert download.size > 0
-    assert len({download.sha256 for download in data.DOWNLOADS.values()}) == 6
+    assert len({download.sha256 for download in data.DOWNLOADS.values()}) == 7

@@ -20,11 +20,13 @@ import pytest
 import strict
 
 from ref import Error, backend, block, hope, network, nn, optim, s4
-from ref.kernels import cuda, hope_cuda, s4_cuda, s4d_cuda
+from ref.kernels import cuda, hope_cuda, longhorn_cuda, mamba_cuda, s4_cuda, s4d_cuda, scan_cuda
 
 ROOT = Path(hope.__file__).parent.parent
 CU_FILES = sorted((ROOT / "ref" / "kernels").glob("*.cu"))
 CUDA = {"hope": hope_cuda, "s4": s4_cuda, "s4d": s4d_cuda}
+SCANS = {"longhorn": longhorn_cuda, "mamba": mamba_cuda}  # on real arrays, with tests of their own
+EVERY = CUDA | SCANS
 PLAIN = backend.plain()  # the whole suite runs without Numba
 
 
@@ -113,7 +115,7 @@ def machine(request, monkeypatch):
 def memory(machine, monkeypatch):
     """That machine's memory, guarded"""
     margins = Margins(machine)
-    for kernels in CUDA.values():
+    for kernels in (*EVERY.values(), scan_cuda):
         monkeypatch.setattr(kernels, "array_module", lambda x: margins)
     yield margins
     margins.check()
@@ -207,9 +209,47 @@ def s4d_results(kernels, put, D, n, L, dt, dtype):
     return results
 
 
+def scan_case(model, B, L, E, N, dtype, ends=True):
+    """The arguments of scan_forward, dy, dlast; D, first state and dlast are None without ends"""
+    rng = np.random.default_rng(L)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    step = rng.uniform(0.01, 1, (B, L, E)).astype(dtype)  # Mamba's delta, Longhorn's beta
+    shared = normal(B, L, N), normal(B, L, N)
+    own = (-np.exp(normal(E, N)), *shared) if model == "mamba" else shared
+    D, first, dlast = (normal(E), normal(B, E, N), normal(B, E, N)) if ends else (None,) * 3
+    return (normal(B, L, E), step, *own, D, first), normal(B, L, E), dlast
+
+
+SCAN_RESULTS = {
+    "longhorn": ("y", "S", "dx", "dbeta", "dk", "dq", "dD", "dS0"),
+    "mamba": ("y", "h", "dx", "ddelta", "dA", "dB", "dC", "dD", "dh0"),
+}
+
+
+def run_scan(model, kernels, put, arguments, dy, dlast):
+    """Everything that a module like ref.kernels.mamba gives for a case, by name"""
+    put = [x if x is None else put(x) for x in (*arguments, dy, dlast)]
+    *given, first, dy, dlast = put
+    y, last, kept = kernels.scan_forward(*given, first)
+    results = y, last, *kernels.scan_backward(dy, *given, kept, dlast)
+    named = zip(SCAN_RESULTS[model], results, strict=True)
+    return {name: x for name, x in named if x is not None}
+
+
+def scan_results(model):
+    def results(kernels, put, E, N, L, dt, dtype):
+        return run_scan(model, kernels, put, *scan_case(model, 2, L, E, N, dtype))
+
+    return results
+
+
 def kernel_results(model, kernels, put, *case):
-    results = {"hope": hope_results, "s4": s4_results, "s4d": s4d_results}[model]
-    return results(kernels, put, *case)
+    results = {"hope": hope_results, "s4": s4_results, "s4d": s4d_results}
+    results |= {model: scan_results(model) for model in SCANS}
+    return results[model](kernels, put, *case)
 
 
 class Readable:
@@ -273,7 +313,7 @@ def test_cuda_kernels_are_in_float64_inside(memory, plain, model, D, n, L, dt):
 
 
 @pytest.mark.parametrize("dtype", cuda.REAL)
-@pytest.mark.parametrize("model", CUDA)
+@pytest.mark.parametrize("model", EVERY)
 def test_cuda_kernels_take_strided_arrays_and_leave_them_as_they_are(memory, model, dtype):
     def strided(x):
         y = memory.put(np.repeat(x, 2, axis=-1))[..., ::2]
@@ -281,15 +321,15 @@ def test_cuda_kernels_take_strided_arrays_and_leave_them_as_they_are(memory, mod
         return y
 
     case, given = (3, 5, 20, 0.1, dtype), []
-    result = kernel_results(model, CUDA[model], strided, *case)
-    compare(result, kernel_results(model, CUDA[model], memory.put, *case), 1e-30)
+    result = kernel_results(model, EVERY[model], strided, *case)
+    compare(result, kernel_results(model, EVERY[model], memory.put, *case), 1e-30)
     assert all((to_numpy(y) == x).all() for x, y in given)
 
 
 @pytest.mark.parametrize("dtype", cuda.REAL)
-@pytest.mark.parametrize("model", CUDA)
+@pytest.mark.parametrize("model", EVERY)
 def test_cuda_threads_share_nothing(memory, monkeypatch, model, dtype):
-    case = model, CUDA[model], memory.put, 3, 9, 200, 0.1, dtype
+    case = model, EVERY[model], memory.put, 3, 9, 200, 0.1, dtype
     first = kernel_results(*case)
     monkeypatch.setattr(cuda_shim.RawModule, "reverse", True)  # on a GPU this is the second run
     compare(first, kernel_results(*case), 1e-30)
@@ -299,11 +339,11 @@ def test_every_kernel_is_among_those_compared(machine, monkeypatch):
     if machine is not strict:
         pytest.skip("launches are counted where the kernels run as C++")
     monkeypatch.setattr(cuda_shim.RawModule, "launched", set())
-    for model in CUDA:
-        kernel_results(model, CUDA[model], strict.asarray, 1, 1, 1, 1.0, "float32")
-    assert CUDA.keys() == {path.stem for path in CU_FILES}
-    every = {name for path in CU_FILES for name in cuda_shim.kernels(cuda.source(path.stem))}
-    assert every == cuda_shim.RawModule.launched
+    for model, kernels in EVERY.items():
+        kernel_results(model, kernels, strict.asarray, 1, 1, 20, 1.0, "float32")
+    assert EVERY.keys() == {path.stem for path in CU_FILES}
+    names = {name for path in CU_FILES for name in cuda_shim.kernels(cuda.source(path.stem))}
+    assert names == cuda_shim.RawModule.launched
 
 
 @pytest.mark.parametrize("threads", [1, 31, 32, 33, (1 << 15) - 1, 1 << 15, (1 << 15) + 1])
@@ -338,11 +378,182 @@ def test_cuda_source_is_what_nvrtc_takes_from_cupy(path):
     assert path.read_bytes().isascii()
 
 
+# The scans, against their equations step by step with every state in memory
+
+
+def scan_loop(a, u, k, q, h0, dy, dlast):
+    """h_t = a_t h_(t-1) + u_t k_t, y_t = h_t q_t.   a (B, L, E, N), u, dy (B, L, E), k, q (B, L, N)
+    -> y, h_L, gradients of a, u, k, q, h0"""
+    states, L = [h0], u.shape[1]
+    for t in range(L):
+        states.append(a[:, t] * states[-1] + u[:, t, :, None] * k[:, t, None])
+    g, gradients = dlast, []
+    for t in reversed(range(L)):
+        g = g + dy[:, t, :, None] * q[:, t, None]
+        gradients.insert(0, g)
+        g = g * a[:, t]
+    before, after, gs = (np.stack(x, axis=1) for x in (states[:-1], states[1:], gradients))
+    y = np.einsum("blen,bln->ble", after, q)
+    du, dk = np.einsum("blen,bln->ble", gs, k), np.einsum("blen,ble->bln", gs, u)
+    return y, states[-1], gs * before, du, dk, np.einsum("blen,ble->bln", after, dy), g
+
+
+def mamba_loop(x, delta, A, B, C, D, h0, dy, dlast):
+    a = np.exp(delta[..., None] * A)
+    y, h, da, du, dB, dC, dh0 = scan_loop(a, delta * x, B, C, h0, dy, dlast)
+    w = da * a
+    ddelta, dA = (w * A).sum(axis=-1) + x * du, np.einsum("blen,ble->en", w, delta)
+    return y + D * x, h, delta * du + D * dy, ddelta, dA, dB, dC, (x * dy).sum(axis=(0, 1)), dh0
+
+
+def longhorn_loop(x, beta, k, q, D, s0, dy, dlast):
+    shrink = 1 + beta * (k * k).sum(axis=-1, keepdims=True)
+    delta = beta / shrink
+    a = 1 - delta[..., None] * k[:, :, None] ** 2
+    y, S, da, du, dk, dq, ds0 = scan_loop(a, delta * x, k, q, s0, dy, dlast)
+    ddelta = x * du - (da * k[:, :, None] ** 2).sum(axis=-1)
+    dkappa = -(ddelta * delta**2).sum(axis=-1, keepdims=True)
+    dk += 2 * k * dkappa - 2 * k * (da * delta[..., None]).sum(axis=2)
+    dbeta = ddelta / shrink**2
+    return y + D * x, S, delta * du + D * dy, dbeta, dk, dq, (x * dy).sum(axis=(0, 1)), ds0
+
+
+def exact_scan(model, arguments, dy, dlast):
+    """What run_scan gives, by a loop in float64"""
+    *given, D, first = arguments
+    (B, _, E), N = dy.shape, given[-1].shape[2]
+    D, missing = np.zeros(E) if D is None else D, np.zeros((B, E, N))
+    first, last = (missing if x is None else x for x in (first, dlast))
+    loop = {"longhorn": longhorn_loop, "mamba": mamba_loop}[model]
+    results = loop(*(x.astype("float64") for x in (*given, D, first, dy, last)))
+    results = dict(zip(SCAN_RESULTS[model], results, strict=True))
+    return results if arguments[-2] is not None else results | {"dD": None}
+
+
+# B, L, E, N: one chunk of time, some, many; blocks of channels that are full, that are not
+SCAN_SIZES = [
+    (1, 1, 1, 1),
+    (2, 1, 5, 3),
+    (1, 2, 33, 1),
+    (2, 3, 100, 17),
+    (1, 16, 64, 2),
+    (2, 17, 65, 3),
+    (1, 127, 5, 16),
+    (2, 127, 33, 3),
+    (1, 1021, 1, 17),
+    (2, 1021, 5, 1),
+    (1, 1021, 33, 16),
+    (1, 1021, 100, 3),
+]
+FULL = {
+    "one part": 1,
+    "some parts": 128,
+    "all chunks": 1 << 40,
+}  # threads that are said to be enough
+SCAN_TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
+
+
+def close(ours, exact, dtype, tolerance, axis=None):
+    """Whether a scan's results are of that precision and near the loop's"""
+    assert ours.keys() == {name for name, x in exact.items() if x is not None}
+    for name, x in ours.items():
+        assert x.dtype == dtype and np.isfinite(to_numpy(x)).all(), name
+        assert error(x, exact[name], axis) < tolerance, name
+
+
+def of_every_scan(test):
+    test = pytest.mark.parametrize("dtype", cuda.REAL)(test)
+    test = pytest.mark.parametrize("full", FULL)(test)
+    return pytest.mark.parametrize("model", SCANS)(test)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("B, L, E, N", SCAN_SIZES)
+@of_every_scan
+def test_scans_are_their_equations(memory, monkeypatch, model, full, dtype, B, L, E, N, ends):
+    monkeypatch.setattr(scan_cuda, "FULL", FULL[full])
+    case = scan_case(model, B, L, E, N, dtype, ends)
+    ours = run_scan(model, SCANS[model], memory.put, *case)
+    close(ours, exact_scan(model, *case), dtype, SCAN_TOLERANCE[dtype])
+    monkeypatch.setattr(cuda_shim.RawModule, "reverse", True)  # on a GPU this is the second run
+    compare(ours, run_scan(model, SCANS[model], memory.put, *case), 1e-30)
+
+
+@of_every_scan
+def test_scans_bear_extreme_values(memory, monkeypatch, model, full, dtype):
+    """Errors by rows, for these are many orders of magnitude apart"""
+    monkeypatch.setattr(scan_cuda, "FULL", FULL[full])
+    (x, step, *own, D, first), dy, dlast = scan_case(model, 2, 70, 5, 16, dtype)
+    step[0, 3], step[1, 40] = 0, 1
+    if model == "mamba":
+        own[0][:3] *= 1e10  # decays of 0, where delta A is -inf in float32 too
+        own[0][3, 4] = 0  # that of 1
+        step[:, [20, 55]] = 1e30
+        x[:, 20] = x[:, 55, 3] = 0  # all is forgotten, or kept: nothing is taken
+    else:
+        for t, size in ((10, 0), (20, 1e4), (33, 1e9), (48, 1e15), (49, 1e15), (60, 1e-15)):
+            own[0][:, t] *= size
+    case = (x, step, *own, D, first), dy, dlast
+    ours = run_scan(model, SCANS[model], memory.put, *case)
+    close(ours, exact_scan(model, *case), dtype, 10 * SCAN_TOLERANCE[dtype], axis=-1)
+
+
+@pytest.mark.parametrize("dtype", cuda.REAL)
+def test_mamba_forgets_by_a_decay_of_zero(memory, dtype):
+    (x, delta, A, B, C, D, h0), _, _ = scan_case("mamba", 1, 40, 7, 3, dtype)
+    x[:, :30], A[:] = 1e20, -1e10
+    _, last, _ = mamba_cuda.scan_forward(*map(memory.put, (x, delta, A, B, C, D, h0)))
+    assert error(last, (delta * x)[:, -1, :, None] * B[:, -1, None]) < SCAN_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", cuda.REAL)
+def test_longhorn_keeps_the_digits_of_a_decay_next_to_zero(memory, dtype):
+    """Where a key of 1e4 or 1e15 takes in nothing, what is left of one state is S/(1 + beta k^2)"""
+    (x, beta, k, q, D, s0), _, _ = scan_case("longhorn", 1, 1, 7, 1, dtype)
+    x[:], wide = 0, beta[:, 0, :, None].astype("float64")
+    for key in (1e4, 1e15):
+        k[:] = key
+        _, last, _ = longhorn_cuda.scan_forward(*map(memory.put, (x, beta, k, q, D, s0)))
+        assert error(last, s0 / (1 + wide * key**2)) < SCAN_TOLERANCE[dtype]
+
+
+def test_the_gradient_of_large_keys_does_not_underflow(memory):
+    (x, beta, k, q, D, s0), dy, _ = scan_case("longhorn", 2, 5, 33, 4, "float32")
+    case = (1e-15 * x, beta, 1e15 * k, q, D, 1e-15 * s0), dy, None
+    ours = run_scan("longhorn", longhorn_cuda, memory.put, *case)["dk"]
+    assert error(ours, exact_scan("longhorn", *case)["dk"], axis=-1) < 1e-5
+
+
+@pytest.mark.parametrize("full", FULL)
+@pytest.mark.parametrize("model", SCANS)
+def test_scans_keep_no_state_of_every_step(memory, monkeypatch, model, full):
+    monkeypatch.setattr(scan_cuda, "FULL", FULL[full])
+    (B, L, E, N), put = (1, 509, 256, 64), memory.xp.asarray
+    run_scan(model, SCANS[model], put, *scan_case(model, B, L, E, N, "float32"))
+    sizes = [block.nbytes // 4 for block, _ in memory.blocks]
+    assert max(sizes) < B * L * E * N / 7 and sum(sizes) < B * L * E * N / 2
+
+
+@pytest.mark.parametrize("B, L, E", [(1, 1, 1), (1, 16, 3), (8, 2048, 768), (1, 65537, 1536)])
+def test_a_scan_is_split_where_the_channels_do_not_fill_the_card(B, L, E):
+    chunks, span, parts = scan_cuda.split(B, L, E)
+    assert (chunks - 1) * scan_cuda.STEPS < L <= chunks * scan_cuda.STEPS
+    assert (parts - 1) * span < chunks <= parts * span
+    assert parts * B * E <= 4 * scan_cuda.FULL + B * E  # so the sums of each part are small
+    assert parts == chunks or parts * B * E >= 2 * scan_cuda.FULL
+    assert scan_cuda.split(scan_cuda.FULL, L, E) == (chunks, chunks, 1)
+
+
+@pytest.mark.parametrize("model", SCANS)
+def test_steps_of_a_chunk_are_as_in_the_source(model):
+    assert f"const int STEPS = {scan_cuda.STEPS};" in cuda.source(model)
+
+
 # Which code runs on CuPy's arrays
 
 
 def test_kernel_modules_do_not_import_cupy():
-    names = ", ".join(kernels.__name__ for kernels in CUDA.values())
+    names = ", ".join(kernels.__name__ for kernels in EVERY.values())
     code = f"import {names}, sys; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -351,7 +562,7 @@ def test_twins_of_cupy_arrays(monkeypatch):
     monkeypatch.delenv("REF_PLAIN", raising=False)
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     x = type("ndarray", (), {"__module__": "cupy"})()
-    assert {model: backend.twins(model, x) for model in CUDA} == CUDA
+    assert {model: backend.twins(model, x) for model in EVERY} == EVERY
     assert backend.twins("nn", x) is None  # there are no kernels: the readable form
     monkeypatch.setenv("REF_PLAIN", "1")
     assert backend.twins("hope", x) is None
@@ -575,6 +786,7 @@ def layer_arguments(rng):
     yield "softmax_cross_entropy", (x, np.where(tokens == 3, -1, tokens))
     yield "dropout", (x, 0.3)
     yield "skip", (x, bias, 2 * x)
+    yield "gate", (x, 2 * x)
 
 
 LAYERS = list(layer_arguments(np.random.default_rng(0)))
@@ -635,6 +847,14 @@ STEPS = [
     ("s4d", PRENORM | RMS, LM | {"positions": 10, "final_norm": True}),
     ("s4d", BOTH | PRENORM | DROPOUT, {"pool_from": 2}),
     ("s4d", BILINEAR | {"init": "random"}, MATCH),
+    ("longhorn", DROPOUT, LM | {"final_norm": True}),
+    ("longhorn", {"update": "exact"}, MATCH | {"pool_from": 1}),
+    ("longhorn", {"d_conv": 1, "dt_rank": 2}, LAST | {"tokens": False}),
+    ("longhorn", {"expand": 3}, {"pool_from": 2}),
+    ("mamba", DROPOUT, LM | {"final_norm": True}),
+    ("mamba", {"d_conv": 1, "dt_rank": 2}, MATCH | {"pool_from": 1}),
+    ("mamba", {"layout": "transformers"}, LAST | {"tokens": False}),
+    ("mamba", {"expand": 3}, {"pool_from": 2}),
     ("transformer", DROPOUT, LM | {"positions": 12, "final_norm": True}),
     ("transformer", BOTH, MATCH | {"pool_from": 1}),
     ("transformer", {}, LAST | {"tokens": False}),
@@ -664,6 +884,18 @@ CHOICES = {  # what is to occur among them
         "bidirectional": {False, True},
         "prenorm": {False, True},
     },
+    "longhorn": {
+        "update": {"diagonal", "exact"},
+        "d_conv": {1, 4},
+        "expand": {2, 3},
+        "dt_rank": {0, 2},
+    },
+    "mamba": {
+        "layout": {"original", "transformers"},
+        "d_conv": {1, 4},
+        "expand": {2, 3},
+        "dt_rank": {0, 2},
+    },
     "transformer": {"bidirectional": {False, True}, "block": {4, 100}},
 }
 
@@ -676,6 +908,8 @@ def configuration(model, layer, net):
     small = {"d_state": 8, "dt_min": 0.05}
     if model == "transformer":
         small = {"n_heads": 2, "block": 4, "context": 12}
+    if model == "longhorn":
+        small = {"d_state": 8}
     layer = network.model_module(model).Config(d_model=6, **small | layer)
     return network.Config(model, layer, n_layers=2, d_input=9, d_output=9, **net)
 
@@ -702,6 +936,7 @@ def train(cfg, xp, dtype, L=10):
     params = {name: put(p) for name, p in network.init(cfg, rng, dtype).items()}
     moments = optim.adamw_init(params)
     rates = {"main": (0.01, 0.1), "ssm": (0.001, 0.1), "dt": (0.001,), "frozen": (0.0,)}
+    rates["nodecay"] = (0.01,)
     groups = {name: optim.Group(*rates[g]) for name, g in network.groups(params, cfg).items()}
     B = 6 if cfg.decoder == "match" else 3
     tokens, values = rng.integers(0, 9, (B, L), "uint8"), rng.standard_normal((B, L, 9))
@@ -741,10 +976,17 @@ def looks(module, params, x, cfg):
         for t in range(4):
             results[f"y {t}"], state = module.step(params, x[:, t], state, cfg)
         results |= {f"state {name}": s for name, s in state.items()}
+    if hasattr(module, "final_state"):
+        y, cache = module.block_forward(params, x, cfg, state=state)
+        dstate = module.final_state(cache)
+        dx, grads = module.block_backward(y, cache, dstate)
+        results |= {"on": y, "d on": dx} | dstate | {n: g for n, g in grads.items() if "." in n}
+        xp, operator = backend.array_module(x), module.operator_width(cfg)
+        x = xp.concatenate([x] * (operator // x.shape[2]), axis=2)
     if getattr(cfg, "conv", None) == "identity":
         return results
     results["matrix"] = module.matrix(params, cfg, x, L=4)
-    if "D" in params:
+    if "D" in params and not hasattr(module, "final_state"):
         results["kernel"] = module.impulse_response(params, cfg, 4)
         results["hankel"] = module.hankel_values(params, cfg)
     if module is s4:
@@ -786,7 +1028,8 @@ def test_parts(xp, plain, model, layer, net, part):
     cfg, module = configuration(model, layer, net).layer, network.model_module(model)
     params = getattr(module, f"{part}_init")(cfg, np.random.default_rng(4), "float64")
     L = 6 if getattr(cfg, "layout", "") == "published" else 7
-    x, dy = np.random.default_rng(5).standard_normal((2, 3, L, 6))
+    width = network.part_width(model, part, cfg)
+    x, dy = np.random.default_rng(5).standard_normal((2, 3, L, width))
 
     def run(xp):
         own = {name: backend.to_device(p, xp) for name, p in params.items()}
@@ -814,9 +1057,9 @@ def test_training_step_stays_in_float32(xp, plain, model, layer, net):
     assert [name for name in wrong if not name.endswith("norm")] == []
 
 
-@pytest.mark.parametrize("model, layer, net", [s for s in STEPS if s[0] in CUDA], ids=step_id)
+@pytest.mark.parametrize("model, layer, net", [s for s in STEPS if s[0] in EVERY], ids=step_id)
 def test_training_step_with_cuda_kernels(machine, plain, monkeypatch, model, layer, net):
     cfg = configuration(model, layer, net)
     expected = train(cfg, np, "float64")
-    monkeypatch.setattr(network.model_module(model), "twins", lambda model, x: CUDA[model])
+    monkeypatch.setattr(network.model_module(model), "twins", lambda model, x: EVERY[model])
     compare(train(cfg, machine, "float64"), expected, 1e-12 if machine is strict else 1e-9)

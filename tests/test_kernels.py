@@ -12,7 +12,7 @@ import pytest
 from conftest import error
 from scipy import special
 
-from ref import backend, hope, nn, s4, s4d, transformer
+from ref import backend, hope, longhorn, mamba, nn, s4, s4d, transformer
 from ref.kernels import numeric
 
 COMPILED = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="NUMBA_DISABLE_JIT is set")
@@ -58,6 +58,8 @@ def everything(dtype="float32"):
         (s4, dict(d_state=20, bidirectional=True, norm="batch", l_max=301)),
         (s4d, dict(d_state=20, bidirectional=True, norm="batch")),
         (transformer, dict(n_heads=1)),
+        (mamba, dict(d_state=13)),
+        (longhorn, dict(d_state=13)),
     ):
         cfg = model.Config(d_model=37, **settings)
         params = model.block_init(cfg, rng, dtype)
@@ -88,9 +90,13 @@ def test_results_do_not_depend_on_the_number_of_threads():
     x = rng.standard_normal((5, 99, 33)).astype("float32")
     v = rng.standard_normal((2, 33, 5)) + 1j
     a = -0.1 + 0.1j * rng.standard_normal((33, 5))
+    B, C = rng.standard_normal((2, 5, 99, 7)).astype("float32")
+    A, delta = -np.exp(rng.standard_normal((33, 7))).astype("float32"), np.abs(x)
     twins = []
     for n in (1, 2):
         backend.set_threads(n)
+        scan, state, scanned = mamba.recurrence_forward(x, delta, A, B, C, x[0, 0])
+        recall, learned, recalled = longhorn.recurrence_forward(x, delta, B, C, x[0, 0])
         g, cache = hope.sample_forward(h, log_dt, 200, 101)
         k, ladder = hope.ladder_forward(h, log_dt, 200)
         norm = nn.batch_norm_forward(x, x[0, 0], x[0, 1], None, None, True)
@@ -111,6 +117,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 *nn.batch_norm_backward(x, norm[1]),
                 gelu,
                 nn.gelu_backward(x, gelu_cache),
+                scan,
+                *mamba.recurrence_backward(x, scanned, state),
+                recall,
+                *longhorn.recurrence_backward(x, recalled, learned),
             ]
         )
     backend.set_threads(before)
@@ -149,13 +159,15 @@ def python(code, **environment):
 
 SMALL = """
 import numpy as np, sys
-from ref import hope, s4, s4d, transformer
+from ref import hope, longhorn, mamba, s4, s4d, transformer
 for model, settings in (
     (hope, {"d_state": 6, "norm": "batch"}),
     (hope, {"d_state": 6, "conv": "causal"}),
     (s4, {"d_state": 6, "l_max": 5}),
     (s4d, {"d_state": 6, "bidirectional": True}),
     (transformer, {"n_heads": 1}),
+    (mamba, {"d_state": 2}),
+    (longhorn, {"d_state": 2}),
 ):
     rng = np.random.default_rng(0)
     cfg = model.Config(d_model=3, **settings)

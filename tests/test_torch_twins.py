@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ref import Error, backend, bench, hope, s4, s4d, transformer
+from ref import Error, backend, bench, hope, longhorn, mamba, s4, s4d, transformer
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra `peers`)")
 import torch_twins as twins  # noqa: E402
@@ -171,6 +171,70 @@ def test_transformer(bidirectional, dtype, bound):
         found = {"y": out, "dx": gradients[0]} | dict(zip(p, gradients[1:], strict=True))
         found = {name: t.detach().numpy() for name, t in found.items()}
         compare(found, {"y": y, "dx": dx} | grads, bound)
+
+
+SCANS = {mamba: twins.MAMBA_FORMS, longhorn: twins.LONGHORN_FORMS}
+EACH_SCAN = pytest.mark.parametrize(
+    "module, form", [(m, f) for m, forms in SCANS.items() for f in forms], ids=str
+)
+PRECISIONS = pytest.mark.parametrize("dtype, bound", [("float64", 1e-11), ("float32", 2e-5)])
+
+
+def scan_arguments(module, dtype, B=2, L=37, E=7, N=5):
+    """What the recurrence takes, and dy (B, L, E)"""
+    rng = np.random.default_rng(L)
+    x, dt, dy = rng.standard_normal((3, B, L, E))
+    b, c = rng.standard_normal((2, B, L, N))
+    if module is mamba:
+        given = {"x": x, "delta": np.exp(dt - 1), "A": -np.exp(rng.standard_normal((E, N)))}
+        given |= {"B": b, "C": c}
+    else:
+        given = {"x": x, "beta": 1 / (1 + np.exp(-dt)), "k": b, "q": c}
+    given["D"] = rng.standard_normal(E)
+    return {name: a.astype(dtype) for name, a in given.items()}, dy.astype(dtype)
+
+
+def by_autograd(function, given, dy):
+    """-> y and the gradients by name"""
+    inputs = {name: torch.tensor(a, requires_grad=True) for name, a in given.items()}
+    y = function(inputs)
+    grads = torch.autograd.grad(y, tuple(inputs.values()), torch.tensor(dy))
+    found = {"y": y} | {f"d{n}": g for n, g in zip(inputs, grads, strict=True)}
+    return {name: t.detach().numpy() for name, t in found.items()}
+
+
+@EACH_SCAN
+@PRECISIONS
+@pytest.mark.parametrize("L", [1, 2, 37, 64])
+def test_scans(module, form, dtype, bound, L):
+    given, dy = scan_arguments(module, dtype, L=L)
+    y, _, cache = module.recurrence_forward(**given)
+    *grads, _ = module.recurrence_backward(dy, cache)  # the last one is that of the state
+    expected = {"y": y} | {f"d{n}": g for n, g in zip(given, grads, strict=True)}
+    scan = getattr(twins, f"{module.__name__.removeprefix('ref.')}_scan")
+    found = by_autograd(lambda inputs: scan(*inputs.values(), form), given, dy)
+    compare(found, expected, bound)
+
+
+@EACH_SCAN
+@PRECISIONS
+@pytest.mark.parametrize("part", ["mixer", "block"])
+def test_layers_of_the_scans(module, form, dtype, bound, part):
+    rng = np.random.default_rng(0)
+    cfg = module.Config(d_model=6, d_state=5, dt_rank=3, d_conv=3)
+    params = getattr(module, f"{part}_init")(cfg, rng, "float64")
+    params = {n: (p + 0.3 * rng.standard_normal(p.shape)).astype(dtype) for n, p in params.items()}
+    x, dy = rng.standard_normal((2, 2, 21, 6)).astype(dtype)
+    y, cache = getattr(module, f"{part}_forward")(params, x, cfg)
+    dx, grads = getattr(module, f"{part}_backward")(dy, cache)
+    layer = getattr(twins, f"{module.__name__.removeprefix('ref.')}_{part}")
+
+    def run(inputs):
+        p = dict(inputs)
+        return layer(p, p.pop("x"), form)
+
+    found = by_autograd(run, params | {"x": x}, dy)
+    compare(found, {"y": y, "dx": dx} | {f"d{n}": g for n, g in grads.items()}, bound)
 
 
 @pytest.mark.parametrize("model", bench.BENCHES)

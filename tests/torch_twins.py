@@ -4,7 +4,8 @@ with, in values by tests/test_torch_twins.py and in time by `python -m ref bench
 Every function takes a dict p of tensors under our parameters' names and shapes. Activations are
 channels first, x (B, D, L): FFTs along the last axis and a convolution of width 1 take half of the
 time that eager PyTorch needs for (B, L, D). float32 computes in complex64 throughout. Equation
-numbers are those of ref/hope.py and ref/s4d.py; of S4, those of its own docstrings below.
+numbers are those of ref/hope.py, ref/s4d.py, ref/mamba.py and ref/longhorn.py; of S4, those of its
+own docstrings below. The scans and what is around them have (B, L, D), as ours.
 
 A kernel has several forms, equal but for rounding:
 
@@ -12,8 +13,18 @@ A kernel has several forms, equal but for rounding:
     materialised  the table by cheaper means, kept by autograd; S4: of the reciprocals in (1)
     recomputed    in blocks of channels that fit in the cache, and once more in the backward
     factored      S4D: l = i + m j splits the table into factors, and only these are formed
+
+and so has a scan:
+
+    products outside  decays and inputs of all positions (B, L, E, N) first, then a loop over time
+    all in the loop   nothing of that size: every step makes its own
+    pscan             Mamba: mamba.py's parallel scan of the products, where it is installed
+
+The slices of a loop come by unbind, whose gradient is one stack: indexing costs a whole array of
+zeros at every step of the backward, so that selective_scan_ref takes time quadratic in L.
 """
 
+import importlib.util
 import math
 
 import torch
@@ -294,3 +305,120 @@ def attention_softmax(q, k, v, causal):
 
 
 TRANSFORMER_FORMS = {"fused": attention_fused, "softmax": attention_softmax}
+
+
+# Mamba and Longhorn
+
+
+def recurrence(decay, inputs, c):
+    """h_t = decay_t h_{t-1} + inputs_t, y_t = h_t c_t.   decay, inputs (B, L, E, N), c (B, L, N)
+    -> y (B, L, E)"""
+    h, y = torch.zeros_like(inputs[:, 0]), []
+    for a, u, c_t in zip(*(t.unbind(1) for t in (decay, inputs, c)), strict=True):
+        h = a * h + u
+        y.append((h @ c_t[:, :, None])[:, :, 0])
+    return torch.stack(y, 1)
+
+
+def products(x, delta, A, b):
+    """exp(δ A), δ x b.   x, delta (B, ..., E), A (E, N), b (B, ..., N) -> each (B, ..., E, N)"""
+    return (delta[..., None] * A).exp(), (delta * x)[..., None] * b[..., None, :]
+
+
+def mamba_outside(x, delta, A, b, c):
+    """(3), (4) without skip.   x, delta (B, L, E), A (E, N), b, c (B, L, N) -> y (B, L, E)"""
+    return recurrence(*products(x, delta, A, b), c)
+
+
+def mamba_inside(x, delta, A, b, c):
+    """The same, position by position"""
+    h, y = x.new_zeros(len(x), *A.shape), []
+    for x_t, d_t, b_t, c_t in zip(*(t.unbind(1) for t in (x, delta, b, c)), strict=True):
+        decay, u = products(x_t, d_t, A, b_t)
+        h = decay * h + u
+        y.append((h @ c_t[:, :, None])[:, :, 0])
+    return torch.stack(y, 1)
+
+
+def mamba_pscan(x, delta, A, b, c):
+    """The same by mamba.py"""
+    h = importlib.import_module("mambapy.pscan").pscan(*products(x, delta, A, b))
+    return (h @ c[..., None])[..., 0]
+
+
+MAMBA_FORMS = {"products outside": mamba_outside, "all in the loop": mamba_inside}
+if importlib.util.find_spec("mambapy"):
+    MAMBA_FORMS["pscan"] = mamba_pscan
+
+
+def mamba_scan(x, delta, A, b, c, D, form):
+    """(3), (4).   x, delta (B, L, E), A (E, N), b, c (B, L, N), D (E,) -> y (B, L, E)"""
+    return MAMBA_FORMS[form](x, delta, A, b, c) + D * x
+
+
+def longhorn_products(x, delta, k):
+    """1 - Δ k², Δ x k.   x, delta (B, ..., E), k (B, ..., N) -> each (B, ..., E, N)"""
+    return 1 - delta[..., None] * (k * k)[..., None, :], (delta * x)[..., None] * k[..., None, :]
+
+
+def longhorn_outside(x, delta, k, q):
+    """(4), (5) without skip.   x, delta (B, L, E), k, q (B, L, N) -> y (B, L, E)"""
+    return recurrence(*longhorn_products(x, delta, k), q)
+
+
+def longhorn_inside(x, delta, k, q):
+    """The same, position by position"""
+    h, y = x.new_zeros(len(x), x.shape[2], k.shape[2]), []
+    for x_t, d_t, k_t, q_t in zip(*(t.unbind(1) for t in (x, delta, k, q)), strict=True):
+        decay, u = longhorn_products(x_t, d_t, k_t)
+        h = decay * h + u
+        y.append((h @ q_t[:, :, None])[:, :, 0])
+    return torch.stack(y, 1)
+
+
+LONGHORN_FORMS = {"products outside": longhorn_outside, "all in the loop": longhorn_inside}
+
+
+def longhorn_scan(x, beta, k, q, D, form):
+    """(2), (4), (5).   x, beta (B, L, E), k, q (B, L, N), D (E,) -> y (B, L, E)"""
+    delta = beta / (1 + beta * (k * k).sum(-1, keepdim=True))
+    return LONGHORN_FORMS[form](x, delta, k, q) + D * x
+
+
+def selective_mixer(p, u, scan):
+    """The mixer around a scan(x, dt, b, c).   u (B, L, D) -> y (B, L, D)"""
+    L, (E, R) = u.shape[1], p["W_dt"].shape
+    x, z = functional.linear(u, p["W_in"]).chunk(2, dim=2)
+    w = p["conv_weight"]
+    x = functional.conv1d(x.mT, w, p["conv_bias"], padding=w.shape[2] - 1, groups=E)[:, :, :L].mT
+    x = functional.silu(x)
+    rbc = functional.linear(x, p["W_x"])
+    b, c = rbc[..., R:].chunk(2, dim=2)
+    dt = functional.linear(rbc[..., :R], p["W_dt"], p["dt_bias"])
+    return functional.linear(scan(x, dt, b, c) * functional.silu(z), p["W_out"])
+
+
+def mamba_mixer(p, u, form):
+    """u (B, L, D) -> y (B, L, D)"""
+
+    def scan(x, dt, b, c):
+        return mamba_scan(x, functional.softplus(dt), -p["A_log"].exp(), b, c, p["D"], form)
+
+    return selective_mixer(p, u, scan)
+
+
+def longhorn_mixer(p, u, form):
+    """u (B, L, D) -> y (B, L, D)"""
+    return selective_mixer(
+        p, u, lambda x, dt, k, q: longhorn_scan(x, dt.sigmoid(), k, q, p["D"], form)
+    )
+
+
+def mamba_block(p, x, form):
+    """x (B, L, D) -> x + mixer(RMSNorm(x))"""
+    return x + mamba_mixer(p, functional.rms_norm(x, x.shape[2:], p["norm_weight"], 1e-5), form)
+
+
+def longhorn_block(p, x, form):
+    """x (B, L, D) -> x + mixer(RMSNorm(x))"""
+    return x + longhorn_mixer(p, functional.rms_norm(x, x.shape[2:], p["norm_weight"], 1e-5), form)

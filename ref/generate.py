@@ -1,0 +1,143 @@
+"""Text from a trained language model, one token at a time: every token costs the same time and
+memory, whatever came before it."""
+
+import math
+import sys
+import time
+
+import numpy as np
+
+from ref import Error, backend, network, presets, runs
+
+STARTS = ("\n", "<eos>")  # what an empty prompt is taken for, if the vocabulary has it
+
+
+def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
+    """`python -m ref generate`: print the prompt and its continuation as it comes; the speed goes
+    to stderr. Ctrl-C ends it.
+
+    Error: no such run, one of no language model, or what `encode` and `sample` refuse
+    """
+    backend.set_threads(1)  # one token's work is too small to be shared out
+    params, cfg, vocabulary = load(run)
+    start = encode(prompt, vocabulary)
+    rng = np.random.default_rng(seed)
+    continuation = sample(params, cfg, start, tokens, temperature, top_k, top_p, rng)
+    between = "" if _of_characters(vocabulary) else " "
+    print(prompt, end="", flush=True)
+    count, began = 0, time.monotonic()
+    try:
+        for token in continuation:
+            print(between + vocabulary[token], end="", flush=True)
+            count += 1
+    except KeyboardInterrupt:
+        pass
+    seconds = time.monotonic() - began
+    print(flush=True)
+    print(
+        f"{count:,} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second",
+        file=sys.stderr,
+    )
+
+
+def load(run):
+    """-> params, network.Config and vocabulary (a list of texts) of a run's language model
+
+    Error: no such run, one of another kind, a damaged one
+    """
+    if not (run / "config.json").exists():
+        raise Error(f"{run} holds no run: there is no config.json in it.")
+    settings = presets.read_settings(run / "config.json")
+    vocabulary = settings["vocabulary"]
+    if not vocabulary:
+        raise Error(
+            f"{run} was trained on {settings['data']}, which is no text to go on with; expected a "
+            "language model, such as one of --data shakespeare-char."
+        )
+    layer = network.model_module(settings["model"]).Config(**settings["layer"])
+    cfg = presets.network_config(settings, layer, "lm", len(vocabulary), len(vocabulary))
+    params = network.init(cfg, np.random.default_rng(0), settings["dtype"])
+    params, _, _ = runs.load_checkpoint(run / "checkpoint.safetensors", params)
+    return params, cfg, vocabulary
+
+
+def encode(prompt, vocabulary):
+    """Text -> token ids; an empty one is taken for a line's end, or for the vocabulary's first.
+
+    Error: something that is not in the vocabulary
+    """
+    ids = {text: i for i, text in enumerate(vocabulary)}
+    unit = "character" if _of_characters(vocabulary) else "word"
+    pieces = list(prompt) if unit == "character" else prompt.split()
+    if unknown := [piece for piece in pieces if piece not in ids]:
+        raise Error(
+            f"the prompt's {unit} {unknown[0]!r} is not among the {len(vocabulary):,} {unit}s that "
+            "the run was trained on."
+        )
+    if not pieces:
+        pieces = [next((start for start in STARTS if start in ids), vocabulary[0])]
+    return [ids[piece] for piece in pieces]
+
+
+def _of_characters(vocabulary):
+    return all(len(text) == 1 for text in vocabulary)
+
+
+def sample(params, cfg, prompt_tokens, n, temperature=1.0, top_k=0, top_p=1.0, rng=None):
+    """Generator of n tokens after prompt_tokens; see `choose`.   rng None: another one every time
+
+    Error, at once: no prompt, a temperature, top_k or top_p that is none, more positions than the
+    network has, a network that is no causal language model
+    """
+    if not 0 <= temperature < math.inf:
+        raise Error(f"temperature={temperature}: expected 0 (the likeliest token) or more.")
+    if top_k < 0:
+        raise Error(f"top_k={top_k}: expected 0 (no limit) or more.")
+    if not 0 < top_p <= 1:
+        raise Error(f"top_p={top_p}: expected more than 0 and at most 1 (no limit).")
+    if len(prompt_tokens) == 0 or n < 0:
+        raise Error(
+            f"{len(prompt_tokens)} prompt tokens and n={n}: expected at least one to start from, "
+            "and n of 0 or more."
+        )
+    if 0 < cfg.positions < len(prompt_tokens) + n - 1:  # the last token is not fed back
+        raise Error(
+            f"{len(prompt_tokens):,} prompt tokens and {n:,} more do not fit: this {cfg.model} has "
+            f"{cfg.positions:,} positions. Ask for at most "
+            f"{max(0, cfg.positions + 1 - len(prompt_tokens)):,} tokens, or shorten the prompt."
+        )
+    state = network.state(params, cfg, 1)
+    rng = np.random.default_rng() if rng is None else rng
+    return _sample(params, cfg, prompt_tokens, n, state, temperature, top_k, top_p, rng)
+
+
+def _sample(params, cfg, prompt_tokens, n, state, temperature, top_k, top_p, rng):
+    xp = backend.array_module(params["encoder.weight"])
+    waiting = list(prompt_tokens)
+    for _ in range(n):
+        for token in waiting:
+            logits, state = network.step(params, xp.asarray([token]), state, cfg)
+        token = choose(backend.to_host(logits)[0], temperature, top_k, top_p, rng)
+        yield token
+        waiting = [token]
+
+
+def choose(logits, temperature, top_k, top_p, rng):
+    """A token from logits (V,): softmax(logits / temperature) among the top_k likeliest (0: all),
+    and of those, with what they then have, the fewest that make up top_p
+
+    Temperature 0 is the likeliest.   Error: a logit is not finite
+    """
+    logits = logits.astype("float64")
+    if not np.isfinite(logits).all():
+        raise Error("the network's logits are not finite.")
+    if temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    with np.errstate(over="ignore"):  # -inf at a very low temperature is right
+        p = np.exp((logits[order] - logits[order[0]]) / temperature)
+    up_to = np.cumsum(p / p.sum())
+    if top_p < 1:
+        up_to = up_to[: np.searchsorted(up_to, top_p) + 1]
+    at = np.searchsorted(up_to, rng.random() * up_to[-1], side="right")
+    return int(order[min(at, len(up_to) - 1)])
