@@ -227,6 +227,31 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
 
 
 @main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write it here: a folder.")
+@click.option(
+    "--layout", type=click.Choice(["original", "transformers"]), help="Of the output; as it is."
+)
+@click.option(
+    "--shard-mib", default=0, type=click.IntRange(0), help="Size of the output's files; 0: one."
+)
+def checkpoint(path, output, layout, shard_mib):
+    """Print what a published checkpoint of Mamba or Longhorn holds, a folder or a .safetensors
+    file; with -o also write it, as float32 or float64, in either layout.
+
+    Example: python -m ref checkpoint mamba-130m-hf -o mamba-130m --layout original
+    """
+    from ref import checkpoints
+
+    if output is None and (layout or shard_mib):
+        raise click.UsageError("--layout and --shard-mib are for the output: give -o FOLDER.")
+    print(checkpoints.inspect(path))
+    if output is not None:
+        checkpoints.save(output, *checkpoints.load(path), layout, shard_mib << 20)
+        print(output)
+
+
+@main.command()
 @click.argument("models", nargs=-1, type=click.Choice(network.MODELS))
 @click.option("--against", type=click.Choice(["torch"]), help="Also time this library's form.")
 @click.option("--device", default="cpu", type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")

@@ -39,7 +39,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ref import Error, backend, block, files, network, nn
+from ref import Error, backend, block, checkpoints, files, network, nn
 from ref.backend import array_module, check_activations, check_choice, twins
 
 MASKED = True  # the parts take `lengths`
@@ -479,12 +479,8 @@ def load_gpt2(path, n_heads=None):
     """
     path = Path(path)
     beside = path.with_name("config.json")
-    settings = files.read_json(beside) if beside.exists() else {}
-    if not isinstance(settings, dict):
-        raise Error(f"{beside} holds no settings.")
-    for name, known in _OF_GPT2.items():
-        if settings.get(name, known[0]) not in known:
-            raise Error(f"{beside}: {name}={settings[name]!r}, but the model here is {known[0]!r}.")
+    settings = checkpoints.read_settings(beside)
+    checkpoints.check_only(settings, _OF_GPT2, beside)
     tensors = _gpt2_tensors(path)
     try:
         numbers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
@@ -528,9 +524,4 @@ def _check_gpt2(tensors, cfg, path):
     for i in range(cfg.n_layers):
         names = PUBLISHED["block"].items()
         expected |= {f"transformer.h.{i}.{theirs}": own[ours][::-1] for ours, theirs in names}
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise Error(f"{path}: {name} {expected[name]} is missing.")
-        if tensors[name].shape != (wanted := expected.get(name)):
-            found = f"{name} has the shape {tensors[name].shape}"
-            raise Error(f"{path}: {found}; expected {wanted or 'no tensor of that name'}.")
+    checkpoints.check_tensors({name: t.shape for name, t in tensors.items()}, expected, path)
