@@ -215,6 +215,10 @@ def part_config(case, module):
     """The Config that a case's settings and tensors give; of a scan its settings alone"""
     if case.part == "scan":
         return _scan_config(case, module)
+    auto = {n for n, v in case.settings.items() if v == "auto"}  # what the shapes say
+    case = dataclasses.replace(
+        case, settings={n: v for n, v in case.settings.items() if n not in auto}
+    )
     layer_fields = {f.name for f in dataclasses.fields(module.Config)}
     network_fields = {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
     published = set(getattr(module, "PUBLISHED_SETTINGS", ()))  # that are no fields of ours

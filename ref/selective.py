@@ -233,7 +233,16 @@ MIXER_NAMES = {
     "W_out": "out_proj.weight",
     "D": "D",
 }
-PUBLISHED_SETTINGS = ("vocab_size", "norm_eps", "residual_in_fp32", "tie_embeddings")
+PUBLISHED_SETTINGS = (  # of a network, and what of it is no field of a Config
+    "vocab_size",
+    "pad_vocab_size_multiple",
+    "n_layer",
+    "norm_eps",
+    "rms_norm",
+    "fused_add_norm",
+    "residual_in_fp32",
+    "tie_embeddings",
+)
 _EMBEDDING = {
     "original": "backbone.embedding.weight",
     "transformers": "backbone.embeddings.weight",
@@ -288,13 +297,15 @@ def network_settings(settings, tensors):
     """The network.Config fields of a published language model.   Error: another norm"""
     if settings.get("norm_eps", nn.EPS) != nn.EPS:
         raise Error(f"norm_eps={settings['norm_eps']}: the norms here have {nn.EPS}.")
+    if not settings.get("rms_norm", True):
+        raise Error("rms_norm=False: the norms here are RMS norms.")
     embedding = next(tensors[name] for name in _EMBEDDING.values() if name in tensors)
     vocabulary = len(embedding)
     if settings.get("vocab_size", vocabulary) > vocabulary:
         raise Error(f"vocab_size={settings['vocab_size']}: the embedding has {vocabulary} rows.")
     layers = {name.split(".")[2] for name in tensors if name.startswith("backbone.layers.")}
     return {
-        "n_layers": settings.get("n_layers", len(layers)),
+        "n_layers": settings.get("n_layers", settings.get("n_layer", len(layers))),
         "d_input": vocabulary,
         "d_output": vocabulary,
         "tokens": True,

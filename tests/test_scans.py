@@ -413,6 +413,24 @@ def test_networks_in_both_layouts(module, layout):
         network.from_published(tensors, cfg)
 
 
+@pytest.mark.parametrize("module", [mamba, longhorn])
+def test_a_network_case_as_the_published_code_would_write_it(module):
+    """Tied head listed twice, each time with the whole gradient; settings of its own names"""
+    cfg = lm(module)
+    part = cases.Part(module.__name__[4:], "network", cfg)
+    params, x = part.template(), np.array([[1, 5, 0, 8, 3]])
+    dy = np.random.default_rng(0).standard_normal((1, 5, 9))
+    tensors = {f"param.{n}": t for n, t in params.items()} | {"in.x": x, "dout.y": dy}
+    tensors |= part.run(params, {"x": x}, {"y": dy})
+    heads = [f"grad.param.{n}" for n in ("backbone.embedding.weight", "lm_head.weight")]
+    assert (tensors[heads[0]] == tensors[heads[1]]).all() and tensors[heads[0]].any()
+    settings = {"n_layer": 2, "vocab_size": 9, "rms_norm": True, "dt_rank": "auto"}
+    case = cases.Case(part.model, "network", "float64", settings, tensors)
+    assert all(row.ok for row in cases.verify(case))
+    with pytest.raises(Error, match="rms_norm=False"):
+        cases.verify(replace(case, settings=settings | {"rms_norm": False}))
+
+
 @pytest.mark.parametrize("model", ["mamba", "longhorn"])
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("part", ["scan", "operator", "mixer", "block", "network"])
