@@ -480,7 +480,7 @@ def _their_steps(sizes):
         with torch.inference_mode():
             for _ in range(TOKENS):
                 out = model(token, cache_params=cache, use_cache=True)
-                cache, token = out.cache_params, out.logits[:, -1].argmax(-1, keepdim=True)
+                cache, token = out.cache_params, out.logits[:, -1].argmax(-1)[:, None]
 
     return call
 
