@@ -28,7 +28,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
 
     lengths: only evaluate a language model, at windows of so many tokens; -> what lengths.json says
     """
-    if not eval_only:
+    if lengths or not eval_only:
         check_writable(out)
     if settings["threads"]:
         backend.set_threads(settings["threads"])
@@ -350,7 +350,8 @@ def describe(settings, params, cfg, recipe, data, total, xp):
         f"{backend.threads()} threads, BLAS core type {backend.blas_core()}, "
         f"{length} steps of {recipe.batch_size}"
     )
-    beat = [f"{name} {value:.4f}" for name, value in data.baselines.items()]
+    kind = " (accuracy)" if data.loss_baselines else ""
+    beat = [f"{name} {value:.4f}{kind}" for name, value in data.baselines.items()]
     beat += [f"{name} {value:.4f} (loss)" for name, value in data.loss_baselines.items()]
     print("to beat: " + ", ".join(beat))
 
@@ -468,6 +469,7 @@ def _train(resume, eval_only, eval_lengths, out, download, **options):
                 f"--{name} is missing. Example: python train.py --model hope --data lra-listops"
             )
     settings = _usable(presets.make_settings, options)
+    _check_rates(options, settings)
     out = Path(out or f"runs/{settings['model']}-{settings['data']}-{settings['seed']}")
     for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl", "result.json"):
         if os.path.lexists(out / name):
@@ -475,6 +477,17 @@ def _train(resume, eval_only, eval_lengths, out, download, **options):
                 f"{out} holds a run already. Go on with it by --resume, or choose another --out."
             )
     run(settings, out, _command(out), download=download)
+
+
+def _check_rates(options, settings):
+    """UsageError for a rate of parameters that the model does not have: it would do nothing"""
+    module = network.model_module(settings["model"])
+    there = set(module.groups(module.Config(**settings["layer"])).values())
+    for name, group in (("ssm_lr", "ssm"), ("ssm_weight_decay", "ssm"), ("dt_lr", "dt")):
+        if name in options and group not in there:
+            raise click.UsageError(
+                f"{_names([name])} is for parameters that {settings['model']} does not have here."
+            )
 
 
 def _lengths(text):

@@ -470,8 +470,10 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0, ini
     _check_part(module, model, part)
     cfg = _free_config(head, module)
     if initial_state and part != "scan":
-        raise Error(f"a case of {model}'s {part} begins at its first position: only scan can not.")
+        raise Error(f"an initial state is for part 'scan'; a case of a {part} starts from zero.")
     if part == "scan":
+        if strange := sorted(settings.keys() - {"d_model", "d_state", *SCAN_SETTINGS}):
+            raise Error(f"the setting {strange[0]!r} is not one of {model}'s scan.")
         own = {n: v for n, v in settings.items() if n in SCAN_SETTINGS}
         inputs = module.scan_inputs(cfg, B, L, rng)
         if not initial_state:

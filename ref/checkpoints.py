@@ -27,10 +27,7 @@ MODELS = ("mamba", "longhorn")
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NUMBERS = ("F16", "BF16", "F32", "F64")
-_EMBEDDINGS = {
-    "backbone.embedding.weight": "original",
-    "backbone.embeddings.weight": "transformers",
-}
+_EMBEDDINGS = tuple(selective.EMBEDDING.values())
 _HEAD = "lm_head.weight"
 
 # What config.json may say of things that the models here have in one form only; ssm_cfg is a part

@@ -4,6 +4,7 @@ memory, whatever came before it."""
 import math
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +24,7 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
     start = encode(prompt, vocabulary)
     rng = np.random.default_rng(seed)
     continuation = sample(params, cfg, start, tokens, temperature, top_k, top_p, rng)
+    network.step(params, np.array(start[:1]), network.state(params, cfg, 1), cfg)  # loads kernels
     between = "" if _of_characters(vocabulary) else " "
     print(prompt, end="", flush=True)
     count, began = 0, time.monotonic()
@@ -45,6 +47,7 @@ def load(run):
 
     Error: no such run, one of another kind, a damaged one
     """
+    run = Path(run)
     if not (run / "config.json").exists():
         raise Error(f"{run} holds no run: there is no config.json in it.")
     settings = presets.read_settings(run / "config.json")

@@ -230,7 +230,7 @@ def _state_pairs(model, module, cfg, label, L, rng):
         params = _moved(params, rng, model)
         state = module.state(params, cfg, 2)
         state = {f"state.{n}": rng.standard_normal(a.shape) for n, a in state.items()}
-        after = module.selective.mixer_state if part == "mixer" else module.final_state
+        after = module.mixer_state if part == "mixer" else module.final_state
 
         def forward(arrays, part=part, params=params, state=state, after=after):
             given, before = {n: arrays[n] for n in params}, {n[6:]: arrays[n] for n in state}

@@ -11,12 +11,12 @@ k_t. The update is the solution of
     y_t = S_t q_t + D x_t,   out_t = y_t silu(z_t)              readout, skip and gate           (5)
     [r_t, k_t, q_t] = W_x x_t,  β_t = sigmoid(W_dt r_t + dt_bias)                                (6)
 
-The factor 1 - Δ k² of (4) lies in (0, 1]: there is nothing to forget with, and nothing to keep
-stable. k and q are shared by all channels. Going back in time with g the gradient of S_t, and S
-short for S_{t-1}:
+The factor 1 - Δ k² of (4), which forgets, lies in (0, 1] by itself: no gate has to be learned for
+it and nothing kept stable. k and q are shared by all channels. Going back in time with g the
+gradient of S_t, and S short for S_{t-1}:
 
     g += dy_t ⊗ q_t,  dq_t = Σ_E dy_t S_t,  dx_t = Δ_t (g k_t)
-    (4): dΔ_t = x_t (g k_t) - g (k_t² S),       dk_t = Σ_E Δ_t g (x_t - 2 k_t S) + 2 k_t dκ_t,
+    (4): dΔ_t = x_t (g k_t) - Σ_N g k_t² S,     dk_t = Σ_E Δ_t g (x_t - 2 k_t S) + 2 k_t dκ_t,
          then g <- g (1 - Δ_t ⊗ k_t²)
     (3): dΔ_t = (g k_t) (x_t - S k_t),  dk_t = Σ_E Δ_t (g (x_t - S k_t) - (g k_t) S) + 2 k_t dκ_t,
          then g <- g - Δ_t (g k_t) ⊗ k_t
@@ -27,7 +27,9 @@ short for S_{t-1}:
 
 The operator is (6) and (2) to (5) without the gate, E wide. The mixer is Mamba's with this operator
 in it: projections, convolution, gate. The block is x + mixer(RMSNorm(x)). States are never all in
-memory: S is kept every sqrt(L) steps and made again in between.
+memory: S is kept every sqrt(L) steps and made again in between. The twins keep it after a fixed
+number of steps, which a core's caches or registers hold, and do not lose the digits of a decay next
+to 0, as 1 - Δ k² here does in float32.
 
 Differences from the published code (longhorn, longhorn_cuda):
 - update="exact" runs (3), which the paper derives and does not train; it has no fast twin.
@@ -85,18 +87,25 @@ def scan_forward(x, dt, k, q, D=None, z=None, dt_bias=None, s0=None, update="dia
     Error: shapes that do not fit, another precision than x's, an unknown update
     """
     check_choice("update", update, UPDATES)
-    selective.check_scan(x, {"dt": dt, "z": z}, {"k": k, "q": q}, {"D": D, "dt_bias": dt_bias}, s0)
+    selective.check_scan(
+        x, {"dt": dt, "z": z}, {"k": k, "q": q}, {"D": D, "dt_bias": dt_bias}, {"s0": s0}
+    )
     beta, sigmoid = nn.sigmoid_forward(dt if dt_bias is None else dt + dt_bias)
     y, S, recurrence = recurrence_forward(x, beta, k, q, D, s0, update)
     gate = None
     if z is not None:
         y, gate = nn.gate_forward(y, z)
-    return y, S, (sigmoid, recurrence, gate, D is not None, dt_bias is not None, s0 is not None)
+    given = D is not None, dt_bias is not None, s0 is not None
+    return y, S, (sigmoid, recurrence, gate, given, S.shape)
 
 
 def scan_backward(dy, cache, dlast=None):
-    """dy (B, L, E), dlast (B, E, N) the gradient of S_L -> {argument: gradient}, of those given"""
-    sigmoid, recurrence, gate, has_D, has_bias, has_s0 = cache
+    """dy (B, L, E), dlast (B, E, N) the gradient of S_L -> {argument: gradient}, of those given
+
+    Error: another shape or precision
+    """
+    sigmoid, recurrence, gate, (has_D, has_bias, has_s0), state_shape = cache
+    selective.check_gradients(dy, dlast, recurrence[0], state_shape)
     grads = {}
     if gate is not None:
         dy, grads["z"] = nn.gate_backward(dy, gate)
@@ -301,7 +310,8 @@ def state(params, cfg, batch):
     return selective.empty_state(params, cfg, batch)
 
 
-final_state = selective.block_state
+mixer_state = selective.mixer_state  # after what a mixer's forward saw, from its cache
+final_state = selective.block_state  # after what a block's forward saw
 
 
 def operator_step(params, x_t, state, cfg):
@@ -313,7 +323,7 @@ def operator_step(params, x_t, state, cfg):
 def mixer_step(params, x_t, state, cfg):
     """One position of the mixer.   x_t (B, D) -> y_t (B, D), state"""
     y, cache = mixer_forward(params, x_t[:, None], cfg, None, state)
-    return y[:, 0], selective.mixer_state(cache)
+    return y[:, 0], mixer_state(cache)
 
 
 def step(params, x_t, state, cfg):
@@ -336,9 +346,8 @@ def matrix(params, cfg, x=None, L=None):
     dt, k, q, _ = selective.selection_forward(params, x)
     delta, (B, L, E) = _step_size(nn.sigmoid(dt), k), x.shape
     M = xp.zeros((B, E, L, L), dtype=x.dtype)
-    reach = xp.zeros(
-        (B * L, E, k.shape[2]), dtype=x.dtype
-    )  # of x_s = 1, every s a batch of its own
+    # What x_s = 1 alone leaves in the state, every s a batch of its own
+    reach = xp.zeros((B * L, E, k.shape[2]), dtype=x.dtype)
     for t in range(L):
         now = xp.zeros((B, L, E), dtype=x.dtype)
         now[:, t] = 1

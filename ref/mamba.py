@@ -22,8 +22,9 @@ time with g the gradient of h_t, and w = g exp(δ_t A) h_{t-1} that of δ_t A:
     the others are the mixer's: ref/selective.py
 
 The operator is (1) to (4), E wide. The mixer is the paper's figure 3: projections, convolution,
-(1) to (5). The block is x + mixer(RMSNorm(x)). States are never all in memory: h is kept every
-sqrt(L) steps and made again in between, nothing is of size B L E N.
+(1) to (5). The block is x + mixer(RMSNorm(x)). A scan's states are never all in memory: h is kept
+every sqrt(L) steps and made again in between. The twins keep it after a fixed number of steps,
+which a core's caches or registers hold.
 
 Differences from the paper and the published code (mamba_ssm):
 - The input's map in (3) is δ B (Euler's), as in the code; the paper's eq. (4) says ZOH.
@@ -70,7 +71,7 @@ EMBEDDING_DEVIATION = 0.02  # of a network's, when it is made
 
 
 def groups(cfg):
-    """Parameters without weight decay, as published"""
+    """Parameters without weight decay: A_log and D as published, and norm and biases"""
     return dict.fromkeys(("A_log", "D", "dt_bias", "conv_bias", "norm_weight"), "nodecay")
 
 
@@ -83,7 +84,9 @@ def scan_forward(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
 
     Error: shapes that do not fit, or another precision than x's
     """
-    selective.check_scan(x, {"dt": dt, "z": z}, {"B": B, "C": C}, {"D": D, "dt_bias": dt_bias}, h0)
+    selective.check_scan(
+        x, {"dt": dt, "z": z}, {"B": B, "C": C}, {"D": D, "dt_bias": dt_bias}, {"h0": h0}
+    )
     if A.shape != (x.shape[2], B.shape[2]) or A.dtype != x.dtype:
         expected = (x.shape[2], B.shape[2])
         raise Error(f"A has shape {A.shape} and dtype {A.dtype}; expected {expected}, {x.dtype}.")
@@ -92,12 +95,17 @@ def scan_forward(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
     gate = None
     if z is not None:
         y, gate = nn.gate_forward(y, z)
-    return y, h, (softplus, recurrence, gate, D is not None, dt_bias is not None, h0 is not None)
+    given = D is not None, dt_bias is not None, h0 is not None
+    return y, h, (softplus, recurrence, gate, given, h.shape)
 
 
 def scan_backward(dy, cache, dlast=None):
-    """dy (B, L, E), dlast (B, E, N) the gradient of h_L -> {argument: gradient}, of those given"""
-    softplus, recurrence, gate, has_D, has_bias, has_h0 = cache
+    """dy (B, L, E), dlast (B, E, N) the gradient of h_L -> {argument: gradient}, of those given
+
+    Error: another shape or precision
+    """
+    softplus, recurrence, gate, (has_D, has_bias, has_h0), state_shape = cache
+    selective.check_gradients(dy, dlast, recurrence[0], state_shape)
     grads = {}
     if gate is not None:
         dy, grads["z"] = nn.gate_backward(dy, gate)
@@ -124,7 +132,7 @@ def recurrence_forward(x, delta, A, B, C, D=None, h0=None):
     for t in range(L):
         if t % selective.spacing(L) == 0:
             kept.append(h)
-        h = _decay(delta[:, t], A) * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None]
+        h = update(h, x[:, t], delta[:, t], A, B[:, t])
         y[:, t] = (h * C[:, t, None]).sum(axis=-1)
     return (y if D is None else y + D * x), h, (x, delta, A, B, C, D, kept)
 
@@ -141,7 +149,7 @@ def recurrence_backward(dy, cache, dlast=None):
     dA = xp.zeros(A.shape, dtype=x.dtype)
 
     def step(h, t):
-        return _decay(delta[:, t], A) * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None]
+        return update(h, x[:, t], delta[:, t], A, B[:, t])
 
     for t, before, h in selective.states_backwards(step, kept, L):
         g = g + dy[:, t, :, None] * C[:, t, None]
@@ -155,6 +163,11 @@ def recurrence_backward(dy, cache, dlast=None):
         dA += (w * delta[:, t, :, None]).sum(axis=0)
     dD = None if D is None else nn.sum_rows(dy * x)
     return (dx if D is None else dx + D * dy), ddelta, dA, dB, dC, dD, g
+
+
+def update(h, x, delta, A, B):
+    """(3).   h (B, E, N), x, delta (B, E), A (E, N), B (B, N) -> h (B, E, N)"""
+    return _decay(delta, A) * h + (delta * x)[..., None] * B[:, None]
 
 
 def _fast(x):
@@ -279,7 +292,8 @@ def state(params, cfg, batch):
     return selective.empty_state(params, cfg, batch)
 
 
-final_state = selective.block_state
+mixer_state = selective.mixer_state  # after what a mixer's forward saw, from its cache
+final_state = selective.block_state  # after what a block's forward saw
 
 
 def operator_step(params, x_t, state, cfg):
@@ -291,7 +305,7 @@ def operator_step(params, x_t, state, cfg):
 def mixer_step(params, x_t, state, cfg):
     """One position of the mixer.   x_t (B, D) -> y_t (B, D), state"""
     y, cache = mixer_forward(params, x_t[:, None], cfg, None, state)
-    return y[:, 0], selective.mixer_state(cache)
+    return y[:, 0], mixer_state(cache)
 
 
 def step(params, x_t, state, cfg):

@@ -166,18 +166,19 @@ def forward(params, x, cfg, lengths=None, rng=None, state=None, where=None):
         z = z[where]
     W = params["encoder.weight" if cfg.tied else "decoder.weight"]
     y, decoder = nn.linear_forward(z, W, params.get("decoder.bias"))
-    return y, (cfg, encoder, blocks, final, pool, match, (decoder, where, shape))
+    position = x.shape[1] + (0 if state is None else state["position"])
+    return y, (cfg, encoder, blocks, final, pool, match, (decoder, where, shape, position))
 
 
 def backward(dy, cache, dstate=None):
     """dy like y -> dx (None for tokens), grads with the names and shapes of the trained params
 
     dstate: the gradient of final_state(cache). That of a state that forward was given stands in
-    grads as blocks.state.<name>, (n_layers, ...).
+    grads as blocks.state.<name>, (n_layers, ...); `state_gradient` takes it out.
     """
     cfg, encoder, blocks, final, pool, match, decoder = cache
     model, xp, grads = model_module(cfg.model), array_module(dy), {}
-    decoder, where, shape = decoder
+    decoder, where, shape, _ = decoder
     dz, dW, db = nn.linear_backward(dy, decoder)
     if not cfg.tied:
         grads |= {"decoder.weight": dW} | ({"decoder.bias": db} if cfg.decoder_bias else {})
@@ -270,11 +271,20 @@ def step(params, x_t, state, cfg):
     return y, {"position": t + 1, "blocks": blocks}
 
 
-def final_state(cache, position=0):
+def final_state(cache):
     """The state after forward's input, from which step and forward go on; scans have one"""
-    cfg, _, blocks, *_ = cache
+    cfg, _, blocks, *_, (*_, position) = cache
     model = model_module(cfg.model)
     return {"position": position, "blocks": [model.final_state(own) for own in blocks]}
+
+
+def state_gradient(grads):
+    """Out of the gradients of backward that of the state which forward was given, as a state; for
+    the backward of what came before it"""
+    names = [name for name in grads if name.startswith("blocks.state.")]
+    stacked = {name.rpartition(".")[2]: grads.pop(name) for name in names}
+    layers = range(len(next(iter(stacked.values()))))
+    return {"blocks": [{name: g[i] for name, g in stacked.items()} for i in layers]}
 
 
 def running_statistics(params, cache):

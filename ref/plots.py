@@ -47,7 +47,9 @@ def draw(what, run, models, settings, length, seed, path):
         else:
             width = network.part_width(module.__name__.rpartition(".")[2], "operator", cfg)
             x = np.random.default_rng(seed).standard_normal((1, L, width))
-            pictures[title] = module.matrix(params, cfg, x, L)[0]  # attention's depends on x
+            depends = hasattr(module, "final_state") or module.__name__ == "ref.transformer"
+            title += ", of white noise" if depends else ""  # those maps depend on their input
+            pictures[title] = module.matrix(params, cfg, x, L)[0]
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
 
 

@@ -101,10 +101,11 @@ def mixer_forward(params, u, cfg, gated_forward, state=None):
     scan's last state.
     """
     check_activations(u, cfg.d_model)
+    check_state(state, cfg, u)
     E, K, L = sizes(cfg)[0], cfg.d_conv, u.shape[1]
     xz, project = nn.linear_forward(u, params["W_in"])
     x, z = xz[..., :E], xz[..., E:]
-    given, state = state is not None, state or empty_state(params, cfg, len(u))
+    given, state = state is not None, empty_state(params, cfg, len(u)) if state is None else state
     window = array_module(u).concatenate([state["conv"], x[:, -K:]], axis=1)[:, -K:]
     x, conv = nn.short_conv_forward(
         x, params["conv_weight"], params["conv_bias"], state["conv"][:, 1:]
@@ -123,8 +124,10 @@ def mixer_backward(dy, cache, gated_backward, dstate=None):
 
     When forward was given a state, grads has its gradient too: state.conv and state.ssm.
     """
-    given, L, project, conv, silu, gated, out, _ = cache
+    given, L, project, conv, silu, gated, out, last = cache
     xp, dlast = array_module(dy), None if dstate is None else dstate["ssm"]
+    if dstate is not None:
+        check_like("the gradient of state conv", dstate["conv"], last["conv"].shape, dy.dtype)
     dy, dW_out, _ = nn.linear_backward(dy, out)
     dx, dz, ds0, grads = gated_backward(dy, gated, dlast)
     dx = nn.silu_backward(dx, silu)
@@ -162,11 +165,24 @@ def block_backward(dy, cache, mixer_backward, dstate):
 # State
 
 
+def state_shapes(cfg, batch):
+    """name -> shape of what a state holds"""
+    E = sizes(cfg)[0]
+    return {"conv": (batch, cfg.d_conv, E), "ssm": (batch, E, cfg.d_state)}
+
+
 def empty_state(params, cfg, batch):
     """The state before the first position: zeros"""
-    (E, _), p = sizes(cfg), params["D"]
-    shapes = {"conv": (batch, cfg.d_conv, E), "ssm": (batch, E, cfg.d_state)}
-    return {name: array_module(p).zeros(shape, dtype=p.dtype) for name, shape in shapes.items()}
+    xp, dtype = array_module(params["D"]), params["D"].dtype
+    return {name: xp.zeros(s, dtype=dtype) for name, s in state_shapes(cfg, batch).items()}
+
+
+def check_state(state, cfg, x):
+    """Error: a state that is given lacks something, or is not for inputs like x (B, L, D)"""
+    for name, shape in state_shapes(cfg, len(x)).items() if state is not None else ():
+        if name not in state:
+            raise Error(f"the state has no {name!r}; expected conv and ssm, as `state` makes them.")
+        check_like(f"state {name}", state[name], shape, x.dtype)
 
 
 def mixer_state(cache):
@@ -185,23 +201,30 @@ def block_state(cache):
 def check_scan(x, wide, narrow, vectors, state):
     """Error: shapes or precisions that do not go with x (B, L, E); what is None is left out
 
-    wide: name -> (B, L, E); narrow: name -> (B, L, N); vectors: name -> (E,); state (B, E, N)
+    wide: name -> (B, L, E); narrow: name -> (B, L, N); vectors: name -> (E,); state: its name ->
+    (B, E, N)
     """
     check_activations(x, x.shape[-1])
     (B, L, E), N = x.shape, next(iter(narrow.values())).shape[-1]
-    expected = [
-        (wide, (B, L, E)),
-        (narrow, (B, L, N)),
-        (vectors, (E,)),
-        ({"state": state}, (B, E, N)),
-    ]
+    if N < 1:
+        raise Error(f"{next(iter(narrow))} has no states: expected (B, L, N) with N at least 1.")
+    expected = [(wide, (B, L, E)), (narrow, (B, L, N)), (vectors, (E,)), (state, (B, E, N))]
     for arrays, shape in expected:
         for name, a in arrays.items():
-            if a is not None and (a.shape != shape or a.dtype != x.dtype):
-                raise Error(
-                    f"{name} has shape {tuple(a.shape)} and dtype {a.dtype}; "
-                    f"expected {shape}, {x.dtype}."
-                )
+            check_like(name, a, shape, x.dtype)
+
+
+def check_gradients(dy, dlast, x, state_shape):
+    """Error: gradients of y and of the last state that do not go with x (B, L, E)"""
+    check_like("dy", dy, x.shape, x.dtype)
+    check_like("the gradient of the last state", dlast, state_shape, x.dtype)
+
+
+def check_like(name, a, shape, dtype):
+    """Error: a, unless it is None, has another shape or precision"""
+    if a is not None and (a.shape != shape or a.dtype != dtype):
+        found = f"{name} has shape {tuple(a.shape)} and dtype {a.dtype}"
+        raise Error(f"{found}; expected {tuple(shape)}, {dtype}.")
 
 
 def spacing(L):
@@ -243,7 +266,7 @@ PUBLISHED_SETTINGS = (  # of a network, and what of it is no field of a Config
     "residual_in_fp32",
     "tie_embeddings",
 )
-_EMBEDDING = {
+EMBEDDING = {
     "original": "backbone.embedding.weight",
     "transformers": "backbone.embeddings.weight",
 }
@@ -261,7 +284,7 @@ def published(names):
 def published_network(layer):
     """Ours -> published names, outside of the blocks"""
     return {
-        "encoder.weight": _EMBEDDING[layer.layout],
+        "encoder.weight": EMBEDDING[layer.layout],
         "final.norm_weight": "backbone.norm_f.weight",
         "decoder.weight": "lm_head.weight",
     }
@@ -288,7 +311,7 @@ def config_fields(settings, tensors, dt_weight):
             if "d_model" not in sizes:  # of the operator alone
                 D = settings.get("d_model", t.shape[1])
                 sizes |= {"d_model": D, "expand": t.shape[1] // D}
-    if _EMBEDDING["transformers"] in tensors:
+    if EMBEDDING["transformers"] in tensors:
         sizes["layout"] = "transformers"
     return sizes | {n: v for n, v in settings.items() if n not in PUBLISHED_SETTINGS}
 
@@ -299,7 +322,7 @@ def network_settings(settings, tensors):
         raise Error(f"norm_eps={settings['norm_eps']}: the norms here have {nn.EPS}.")
     if not settings.get("rms_norm", True):
         raise Error("rms_norm=False: the norms here are RMS norms.")
-    embedding = next(tensors[name] for name in _EMBEDDING.values() if name in tensors)
+    embedding = next(tensors[name] for name in EMBEDDING.values() if name in tensors)
     vocabulary = len(embedding)
     if settings.get("vocab_size", vocabulary) > vocabulary:
         raise Error(f"vocab_size={settings['vocab_size']}: the embedding has {vocabulary} rows.")

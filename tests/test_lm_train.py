@@ -489,3 +489,13 @@ def test_help_names_what_is_new():
     assert code == 0 and "--eval-lengths INTEGERS" in text and "256,512,1024" in text
     assert "--eval-protocol" in text and "--tied" in text
     assert os.path.exists(ROOT)
+
+
+def test_a_rate_of_parameters_that_a_model_lacks_is_refused(capsys):
+    for model, option in (
+        ("mamba", "--dt-lr"),
+        ("longhorn", "--ssm-lr"),
+        ("transformer", "--dt-lr"),
+    ):
+        code = train.main(["--model", model, "--data", "shakespeare-char", option, "0.1"])
+        assert code == 2 and f"{option} is for parameters that {model}" in capsys.readouterr().err

@@ -237,7 +237,7 @@ def test_a_layer_goes_on_where_it_was_cut(module, settings, cut, part):
     state = {n: rng.standard_normal(a.shape) for n, a in module.state(params, cfg, 2).items()}
     dstate = {n: rng.standard_normal(a.shape) for n, a in state.items()}
     forward, backward = (getattr(module, f"{part}_{way}") for way in ("forward", "backward"))
-    after = selective.mixer_state if part == "mixer" else module.final_state
+    after = module.mixer_state if part == "mixer" else module.final_state
 
     y, cache = forward(params, x, cfg, None, state)
     dx, grads = backward(dy, cache, dstate)
@@ -262,17 +262,16 @@ def test_a_network_goes_on_where_it_was_cut(module, settings):
     dy = rng.standard_normal(y.shape)
     _, grads = network.backward(dy, cache)
     y1, cache1 = network.forward(params, x[:, :cut], cfg, state=network.state(params, cfg, 2))
-    middle = network.final_state(cache1, position=cut)
+    middle = network.final_state(cache1)
     y2, cache2 = network.forward(params, x[:, cut:], cfg, state=middle)
     assert error(np.concatenate([y1, y2], 1), y) < 1e-12
+    assert (middle["position"], network.final_state(cache2)["position"]) == (cut, 13)
     _, grads2 = network.backward(dy[:, cut:], cache2)
-    names = ("conv", "ssm")
-    dmiddle = [{n: grads2[f"blocks.state.{n}"][i] for n in names} for i in range(cfg.n_layers)]
-    _, grads1 = network.backward(dy[:, :cut], cache1, {"blocks": dmiddle})
+    dmiddle = network.state_gradient(grads2)
+    _, grads1 = network.backward(dy[:, :cut], cache1, dmiddle)
     starts = [n for n in grads if ".state." in n]
     assert len(starts) == 2 and all(grads[n].any() for n in starts)
-    sums = {n: g if n in starts else g + grads2[n] for n, g in grads1.items()}
-    close(sums, grads)
+    close({n: g if n in starts else g + grads2[n] for n, g in grads1.items()}, grads)
 
 
 @EACH
@@ -452,8 +451,10 @@ def test_cases_of_scans_with_initial_state(model):
     lost = {n: t for n, t in case.tensors.items() if n != state}
     rows = cases.verify(replace(case, tensors=lost))
     assert not any(row.ok for row in rows if row.tensor in ("out.y", "out.last_state"))
-    with pytest.raises(Error, match="only scan can not"):
+    with pytest.raises(Error, match="is for part 'scan'"):
         cases.make_case(model, "mixer", {}, initial_state=True)
+    with pytest.raises(Error, match="'expand' is not one of"):
+        cases.make_case(model, "scan", {"d_model": 4, "expand": 3})
     bad = case.tensors | {"dout.last_state": case.tensors["dout.last_state"][:1]}
     with pytest.raises(Error, match=r"dout.last_state has the shape \(1, 4, 3\)"):
         cases.verify(replace(case, tensors=bad))
@@ -477,10 +478,20 @@ def test_bad_input_gets_its_sentence(module):
         ({name: arrays[name][:1]}, f"{name} has shape"),
         ({name: arrays[name].astype("float32")}, "dtype float32"),
         ({"D": arrays["D"][:-1]}, "D has shape"),
-        ({module.SCAN_STATE: dy}, "state has shape"),
+        ({module.SCAN_STATE: dy}, f"{module.SCAN_STATE} has shape"),
     ):
         with pytest.raises(Error, match=sentence):
             module.scan_forward(**arrays | change)
+    y, last, cache = module.scan_forward(**arrays)
+    for dy, dlast, sentence in (
+        (y[:, :-1], last, "dy has shape"),
+        (y[:, :, :1], None, "dy has shape"),
+        (y.astype("float32"), last, "dy has shape .* dtype float32"),
+        (y, last[:1], "the gradient of the last state has shape"),
+        (y, last[:, :, :1], "the gradient of the last state has shape"),
+    ):
+        with pytest.raises(Error, match=sentence):
+            module.scan_backward(dy, cache, dlast)
     if module is mamba:
         with pytest.raises(Error, match="A has shape"):
             mamba.scan_forward(**arrays | {"A": arrays["A"].T})
@@ -498,6 +509,19 @@ def test_bad_input_gets_its_sentence(module):
     cfg, params = layer(module, rng)
     with pytest.raises(Error, match="expected"):
         module.block_forward(params, rng.standard_normal((2, 7, 4)), cfg)
+    x, state = rng.standard_normal((2, 7, 5)), module.state(params, cfg, 2)
+    for wrong, sentence in (
+        (module.state(params, cfg, 1), "state conv has shape"),
+        (state | {"conv": state["conv"][:, 1:]}, "state conv has shape"),
+        (state | {"ssm": state["ssm"].astype("float32")}, "state ssm has shape .* float32"),
+        ({}, "the state has no 'conv'"),
+    ):
+        with pytest.raises(Error, match=sentence):
+            module.block_forward(params, x, cfg, state=wrong)
+    _, cache = module.block_forward(params, x, cfg, state=state)
+    for name in state:
+        with pytest.raises(Error, match="the gradient of"):
+            module.block_backward(x, cache, state | {name: state[name][:1]})
     for look in (module.impulse_response, module.hankel_values):
         with pytest.raises(Error, match="no linear time-invariant map"):
             look(params, cfg, *([5] if look is module.impulse_response else []))

@@ -1,6 +1,6 @@
 """Numba twins of the scan in ref/longhorn.py, forward and backward in one pass each.
 
-With Delta_t = beta_t e_t, e_t = 1 / (1 + beta_t κ_t) and κ_t = k_t·k_t the decay of equation (3) is
+With Delta_t = beta_t e_t, e_t = 1 / (1 + beta_t κ_t) and κ_t = k_t·k_t the decay of equation (4) is
 
     1 - Delta_t k_n² = e_t + Delta_t (κ_t - k_n²),
 

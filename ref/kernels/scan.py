@@ -16,7 +16,7 @@ COMPILED = not config.DISABLE_JIT  # vectors exist in compiled code only
 
 def chunk_length(N):
     """Steps from checkpoint to checkpoint: one chunk of one block stays in the second cache, and
-    the checkpoints take no more memory than four arrays like x"""
+    the checkpoints of a long sequence take about as much memory as four arrays like x or less"""
     return max(16, N // 4, min(64, 512 // N))
 
 
