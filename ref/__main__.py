@@ -230,24 +230,35 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write it here: a folder.")
 @click.option(
-    "--layout", type=click.Choice(["original", "transformers"]), help="Of the output; as it is."
+    "--layout",
+    type=click.Choice(["original", "transformers"]),
+    help="Names and config.json of the output. [as read]",
 )
 @click.option(
     "--shard-mib", default=0, type=click.IntRange(0), help="Size of the output's files; 0: one."
 )
 def checkpoint(path, output, layout, shard_mib):
-    """Print what a published checkpoint of Mamba or Longhorn holds, a folder or a .safetensors
-    file; with -o also write it, as float32 or float64, in either layout.
+    """Print what a published checkpoint of Mamba or Longhorn holds: a folder, its .safetensors file
+    or its index; with -o also write it, as float32 or float64, in either layout.
+
+    PATH may be the folder of a run of train.py: that writes its language model for others to load.
 
     Example: python -m ref checkpoint mamba-130m-hf -o mamba-130m --layout original
     """
-    from ref import checkpoints
+    from ref import checkpoints, generate
 
     if output is None and (layout or shard_mib):
         raise click.UsageError("--layout and --shard-mib are for the output: give -o FOLDER.")
-    print(checkpoints.inspect(path))
+    is_run = (path / "checkpoint.safetensors").exists() and (path / "config.json").exists()
+    if is_run:
+        params, cfg, _ = generate.load(path)
+        count = sum(p.size for p in params.values())
+        print(f"{path}: a run of {cfg.model}, {cfg.n_layers} layers, {count:,} parameters")
+    else:
+        print(checkpoints.inspect(path))
     if output is not None:
-        checkpoints.save(output, *checkpoints.load(path), layout, shard_mib << 20)
+        params, cfg = (params, cfg) if is_run else checkpoints.load(path)
+        checkpoints.save(output, params, cfg, layout, shard_mib << 20)
         print(output)
 
 

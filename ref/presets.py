@@ -156,6 +156,7 @@ def network_config(settings, layer, decoder, d_input, d_output, tokens=True, poo
         tokens=tokens,
         decoder=decoder,
         tied=usual if recipe.tied == "auto" else recipe.tied == "yes",
+        decoder_bias=not usual,  # their heads have none, tied or not
         final_norm=layer.prenorm,
         positions=getattr(layer, "context", 0),
         pool_from=pool_from,

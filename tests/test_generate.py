@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 import train
-from ref import Error, backend, generate, network
+from ref import Error, backend, checkpoints, generate, network
 from ref.__main__ import main
 from ref.options import run_command
 
@@ -382,3 +382,21 @@ def test_it_needs_no_more_than_the_run(ref, folder, tmp_path):
     before = {path.name: os.stat(path).st_mtime_ns for path in run.iterdir()}
     assert len(ref(run, "--tokens", 5)[0]) == 6
     assert {path.name: os.stat(path).st_mtime_ns for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("tied", ["yes", "no"])
+def test_a_run_becomes_a_checkpoint(folder, tmp_path, capsys, tied):
+    (tmp_path / "input.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "draw_curves", lambda out: None)
+        trained(tmp_path, "mamba", "--tied", tied)
+    made = ["checkpoint", tmp_path / "mamba", "-o", tmp_path / "made", "--layout", "transformers"]
+    assert run_command(main, list(map(str, made)), "python -m ref") == 0
+    assert "a run of mamba, " in capsys.readouterr().out
+    params, cfg = checkpoints.load(tmp_path / "made")
+    own, _, _ = generate.load(tmp_path / "mamba")
+    assert cfg.tied == (tied == "yes") and own.keys() == params.keys()
+    assert all(np.array_equal(own[name], params[name]) for name in own)
+    other = ["checkpoint", str(folder / "s4d"), "-o", str(tmp_path / "no")]
+    assert run_command(main, other, "python -m ref") == 1
+    assert "s4d has no published layout" in capsys.readouterr().err
