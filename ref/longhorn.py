@@ -335,16 +335,18 @@ def step(params, x_t, state, cfg):
 # Looking at it
 
 
-def matrix(params, cfg, x=None, L=None):
+def matrix(params, cfg, x=None, L=None, channels=None):
     """M with y = M x: what x_s adds to y_t, given all keys and step sizes.
 
-    x (B, L, E) the operator's input, or its first L positions -> (B, E, L, L).   Error: no x
+    x (B, L, E) the operator's input, or its first L positions -> (B, E, L, L).   channels: of so
+    many, from the first on.   Error: no x
     """
     if x is None:
         raise Error("Longhorn's matrix depends on its input: give x (B, L, E).")
     x, xp = x[:, :L], array_module(x)
     dt, k, q, _ = selective.selection_forward(params, x)
-    delta, (B, L, E) = _step_size(nn.sigmoid(dt), k), x.shape
+    delta = _step_size(nn.sigmoid(dt[..., :channels]), k)
+    D, (B, L, E) = params["D"][:channels], delta.shape
     M = xp.zeros((B, E, L, L), dtype=x.dtype)
     # What x_s = 1 alone leaves in the state, every s a batch of its own
     reach = xp.zeros((B * L, E, k.shape[2]), dtype=x.dtype)
@@ -355,7 +357,7 @@ def matrix(params, cfg, x=None, L=None):
         reach = _UPDATE[cfg.update](reach, now.reshape(B * L, E), *own)
         y = (reach * xp.repeat(q[:, t], L, axis=0)[:, None]).sum(axis=-1)
         M[:, :, t] = y.reshape(B, L, E).swapaxes(1, 2)
-        M[:, :, t, t] += params["D"]
+        M[:, :, t, t] += D
     return M
 
 

@@ -317,24 +317,24 @@ def step(params, x_t, state, cfg):
 # Looking at it
 
 
-def matrix(params, cfg, x=None, L=None):
+def matrix(params, cfg, x=None, L=None, channels=None):
     """M of (6) for the operator's input x (B, L, E), or its first L positions -> (B, E, L, L)
 
-    Error: no x
+    channels: of so many, from the first on.   Error: no x
     """
     if x is None:
         raise Error("Mamba's matrix depends on its input: give x (B, L, E).")
     x, xp = x[:, :L], array_module(x)
     dt, B, C, _ = selective.selection_forward(params, x)
-    delta, _ = nn.softplus_forward(dt)
-    A, (batch, L, E) = -xp.exp(params["A_log"]), x.shape
+    delta, _ = nn.softplus_forward(dt[..., :channels])
+    A, D, (batch, L, E) = -xp.exp(params["A_log"][:channels]), params["D"][:channels], delta.shape
     M = xp.zeros((batch, E, L, L), dtype=x.dtype)
     reach = xp.zeros((batch, E, L, A.shape[1]), dtype=x.dtype)  # of every x_s into h_t
     for t in range(L):
         reach = reach * _decay(delta[:, t], A)[:, :, None]
         reach[:, :, t] = delta[:, t, :, None] * B[:, t, None]
         M[:, :, t] = (reach * C[:, None, t, None]).sum(axis=-1)
-        M[:, :, t, t] += params["D"]
+        M[:, :, t, t] += D
     return M
 
 

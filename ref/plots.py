@@ -14,6 +14,8 @@ from matplotlib.colors import SymLogNorm
 from ref import Error, network, presets
 from ref.files import read_json, read_tensors, write_atomically
 
+CHANNELS = 4  # of a picture
+
 
 def _save(figure, path):
     """PNG, atomically"""
@@ -47,9 +49,11 @@ def draw(what, run, models, settings, length, seed, path):
         else:
             width = network.part_width(module.__name__.rpartition(".")[2], "operator", cfg)
             x = np.random.default_rng(seed).standard_normal((1, L, width))
-            depends = hasattr(module, "final_state") or module.__name__ == "ref.transformer"
-            title += ", of white noise" if depends else ""  # those maps depend on their input
-            pictures[title] = module.matrix(params, cfg, x, L)[0]
+            is_scan = hasattr(module, "scan_forward")
+            some = {"channels": CHANNELS} if is_scan else {}  # a scan has so many
+            if is_scan or module.__name__ == "ref.transformer":
+                title += ", of white noise"  # such a map depends on its input
+            pictures[title] = module.matrix(params, cfg, x, L, **some)[0]
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)
 
 
@@ -170,7 +174,7 @@ def hankel(layers, path):
 
 def matrix(layers, path):
     """Sequence maps, blue positive, red negative, logarithmic.   layers: title -> M (D, L, L)"""
-    channels = min(4, min(len(M) for M in layers.values()))
+    channels = min(CHANNELS, *(len(M) for M in layers.values()))
     figure, rows = plt.subplots(
         len(layers), channels, figsize=(3 * channels, 3 * len(layers)), squeeze=False
     )

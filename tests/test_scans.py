@@ -331,6 +331,7 @@ def test_matrix_is_the_operator(module, settings):
     y = np.einsum("bets,bse->bte", M, x)
     assert error(module.operator_forward(params, x, cfg)[0], y) < 1e-12
     assert error(module.matrix(params, cfg, x, L=4), M[:, :, :4, :4]) < 1e-12
+    assert error(module.matrix(params, cfg, x, channels=3), M[:, :3]) < 1e-12
     with pytest.raises(Error, match="give x"):
         module.matrix(params, cfg)
 
