@@ -12,7 +12,6 @@ and this one cannot is refused by name. Numbers come as float32, or as float64 w
 tensors is. Pickled files are never read: they run code.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -79,7 +78,7 @@ def load(path, model=None):
     params = {n: np.empty(s, found.dtype) for n, s in shapes(found.cfg).items()}
     slots = network.to_published(params, found.cfg)  # views: what is written there is in params
     for file, names in found.files.items():
-        with opened(file) as tensors:
+        with files.opened(file) as tensors:
             for name in names & slots.keys():
                 slots[name][...] = tensors.get_tensor(name)
     return params, found.cfg
@@ -195,21 +194,6 @@ def shapes(cfg):
 # Files
 
 
-@contextlib.contextmanager
-def opened(path):
-    """A safetensors file, to read tensors from by name.   Error: missing, cut, another format"""
-    import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except FileNotFoundError as e:
-        raise Error(f"There is no file {path}.") from e
-    except (OSError, SafetensorError) as e:
-        raise Error(f"{path} is not a whole safetensors file: {e}.") from e
-
-
 def read_settings(path):
     """The object in a config.json, {} without the file.   Error: something else is in it"""
     settings = files.read_json(path) if path.exists() else {}
@@ -286,7 +270,7 @@ def _pickled(path):
 
 
 def _header(path):
-    with opened(path) as file:
+    with files.opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         header = {n: (path, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     for name, (_, _, number) in header.items():
@@ -389,7 +373,7 @@ def _tied(headers, embedding, settings, path):
         return False
     arrays = []
     for name in (embedding, _HEAD):
-        with opened(headers[name][0]) as file:
+        with files.opened(headers[name][0]) as file:
             arrays.append(file.get_tensor(name))
     same = np.array_equal(*arrays)
     if not same and settings:

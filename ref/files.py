@@ -77,8 +77,9 @@ def write_tensors(path, tensors, metadata):
     )
 
 
-def read_tensors(path):
-    """-> tensors {name: array}, metadata {str: str}.   Error: missing, cut, or no safetensors file
+@contextlib.contextmanager
+def opened(path):
+    """A safetensors file, to read tensors from by name.   Error: missing, cut, or another format
 
     bfloat16 and float16 come as ml_dtypes' and NumPy's types of that name.
     """
@@ -87,8 +88,14 @@ def read_tensors(path):
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except FileNotFoundError as e:
         raise Error(f"There is no file {path}.") from e
     except (OSError, SafetensorError, TypeError, ValueError) as e:
         raise Error(f"{path} is not a whole safetensors file: {e}.") from e
+
+
+def read_tensors(path):
+    """-> tensors {name: array}, metadata {str: str}.   Error: as opened"""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -35,7 +35,7 @@ Differences from the paper and the published code (mamba_ssm):
 import math
 from dataclasses import dataclass
 
-from ref import Error, nn, selective
+from ref import Error, block, nn, selective
 from ref.backend import array_module, check_activations, check_choice, twins
 
 
@@ -362,12 +362,12 @@ network_settings = selective.network_settings
 
 def from_published(tensors, cfg, part):
     """The published state dict of `part` -> params"""
-    return {ours: tensors[theirs] for ours, theirs in PUBLISHED[part].items() if theirs in tensors}
+    return block.from_published(tensors, PUBLISHED[part])
 
 
 def to_published(params, cfg, part):
     """params (or their gradients) -> the published names"""
-    return {theirs: params[ours] for ours, theirs in PUBLISHED[part].items() if ours in params}
+    return block.to_published(params, PUBLISHED[part])
 
 
 def config_of(settings, tensors, part):

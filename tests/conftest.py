@@ -24,6 +24,16 @@ def poisoned_memory(monkeypatch):
             monkeypatch.setattr(module, "empty", empty)
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """PyTorch's waiting threads would spin against ours"""
+    torch = pytest.importorskip("torch", reason="torch is not installed (the extra `peers`)")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """A context that forces the readable form"""

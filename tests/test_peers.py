@@ -19,13 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (the extra `
 V, D, N, R, LAYERS, B, L = 40, 12, 5, 3, 2, 2, 19
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's waiting threads would spin against ours"""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

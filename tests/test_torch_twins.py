@@ -35,13 +35,7 @@ TORCH_SMALL = {"hope": 2e-5, "s4d": 1e-5, "s4": 1e-4}
 TORCH_LONG = {"hope": 1e-3, "s4d": 3e-5, "s4d bilinear": 3e-4, "s4": 2e-5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's waiting threads would spin against ours"""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def problem(module, settings, B, L, D, N):
