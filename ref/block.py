@@ -1,14 +1,18 @@
-"""What blocks of several models share: norms, the residual branch, the S4 family's tail."""
+"""What blocks of several models share: norms, the residual branch, the S4 family's tail, GPT-2's
+block around a mixer."""
 
 import math
 
-from ref import nn
+from ref import etsc, nn
+from ref.backend import array_module
 
-NORMS = ("layer", "rms", "batch")
+NORMS = ("layer", "rms", "simple", "batch")
 
 
 def norm_init(kind, D, xp, dtype):
-    """norm_weight; unless rms norm_bias; for batch the running norm_mean and norm_var"""
+    """norm_weight; unless rms norm_bias; for batch also norm_mean and norm_var; simple: {}"""
+    if kind == "simple":
+        return {}
     params = {"norm_weight": xp.ones(D, dtype=dtype)}
     if kind != "rms":
         params["norm_bias"] = xp.zeros(D, dtype=dtype)
@@ -23,6 +27,8 @@ def norm_forward(params, x, kind, training):
         y, cache = nn.layer_norm_forward(x, params["norm_weight"], params["norm_bias"])
     elif kind == "rms":
         y, cache = nn.rms_norm_forward(x, params["norm_weight"])
+    elif kind == "simple":
+        y, cache = nn.simple_rms_norm_forward(x)
     else:
         names = ("norm_weight", "norm_bias", "norm_mean", "norm_var")
         y, cache = nn.batch_norm_forward(x, *(params[name] for name in names), training)
@@ -32,6 +38,8 @@ def norm_forward(params, x, kind, training):
 def norm_backward(dy, cache):
     """dy (..., D) -> dx, grads"""
     kind, cache = cache
+    if kind == "simple":
+        return nn.simple_rms_norm_backward(dy, cache), {}
     backward = {
         "layer": nn.layer_norm_backward,
         "rms": nn.rms_norm_backward,
@@ -104,6 +112,39 @@ def gelu_mixer_step(params, x_t, state, cfg, operator_step):
     return y[:, 0], state
 
 
+def converted_state(systems, batch):
+    """The state of a block whose only filter, the operator's, is decoded by systems[0]"""
+    return {"systems": tuple(systems), "long": [etsc.start(systems[0], batch)]}
+
+
+def converted_step(x_t, state, D):
+    """One time step of the operator.   x_t (B, D), D (D,) the skip -> y_t (B, D), state"""
+    y, after = etsc.step(state["systems"][0], x_t, state["long"][0])
+    return y + D * x_t, state | {"long": [after]}
+
+
+def _prefilled(params, x, state, cfg, operator_step):
+    """The state of a block after its operator's input x (B, L, D): converted, in one pass; of the
+    model's own form, step by step"""
+    if "systems" in state:
+        return state | {"long": [etsc.prefill(state["systems"][0], x, state["long"][0])]}
+    for t in range(x.shape[1]):
+        _, state = operator_step(params, x[:, t], state, cfg)
+    return state
+
+
+def gelu_mixer_prefill(params, x, state, cfg, operator_forward, operator_step):
+    """The block's forward over x (B, L, D), from a fresh state -> y (B, L, D), state after it"""
+
+    def mixer(params, x, cfg, rng):
+        nonlocal state
+        state = _prefilled(params, x, state, cfg, operator_step)
+        return gelu_mixer_forward(params, x, cfg, operator_forward, rng)
+
+    y, _ = residual_forward(params, x, cfg, mixer, None)
+    return y, state
+
+
 def residual_forward(params, x, cfg, mixer_forward, rng):
     """x (B, L, D) -> x + dropout(mixer(norm(x))); without prenorm norm(x + dropout(mixer(x)))"""
     training, norm = rng is not None, None
@@ -133,6 +174,88 @@ def residual_backward(dy, cache, mixer_backward):
 def residual_running(params, cache):
     """The running moments after residual_forward's training batch, by name"""
     return norm_running(params, cache[1])
+
+
+# Attention or another mixer, and an MLP, each after a layer norm, as in GPT-2
+
+
+def gpt2_init(shapes, depth, rng, dtype, last):
+    """name -> array of the shape: W* normal, deviation 0.02, of those in `last`, which write on the
+    residual, over sqrt(2 depth); norms' weights one; all others zero"""
+    params = {}
+    for name, shape in shapes.items():
+        if name.startswith("W"):
+            deviation = 0.02 / (math.sqrt(2 * depth) if name in last else 1)
+            params[name] = (deviation * rng.standard_normal(shape)).astype(dtype)
+        else:
+            xp = array_module(next(iter(params.values())))
+            params[name] = (xp.ones if "weight" in name else xp.zeros)(shape, dtype=dtype)
+    return params
+
+
+def mlp_block_shapes(D, M):
+    """name -> shape of the MLP and of both norms"""
+    norms = {f"norm{i}_{kind}": (D,) for i in (1, 2) for kind in ("weight", "bias")}
+    return norms | {"W_1": (M, D), "b_1": (M,), "W_2": (D, M), "b_2": (D,)}
+
+
+def mlp_forward(params, x):
+    """linear D to M -> GELU -> linear M to D.   x (B, L, D) -> y (B, L, D)"""
+    a, up = nn.linear_forward(x, params["W_1"], params["b_1"])
+    a, gelu = nn.gelu_tanh_forward(a)
+    y, down = nn.linear_forward(a, params["W_2"], params["b_2"])
+    return y, (up, gelu, down)
+
+
+def mlp_backward(dy, cache):
+    """dy (B, L, D) -> dx, grads"""
+    up, gelu, down = cache
+    da, dW_2, db_2 = nn.linear_backward(dy, down)
+    da = nn.gelu_tanh_backward(da, gelu)
+    dx, dW_1, db_1 = nn.linear_backward(da, up)
+    return dx, {"W_1": dW_1, "b_1": db_1, "W_2": dW_2, "b_2": db_2}
+
+
+def mlp_block_forward(params, x, cfg, mixer_forward, rng):
+    """x' = x + dropout(mixer(LN(x))), y = x' + dropout(MLP(LN(x'))).   x (B, L, D) -> y (B, L, D)
+
+    mixer_forward(params, x, cfg, rng) -> y, cache
+    """
+    a, norm1 = nn.layer_norm_forward(x, params["norm1_weight"], params["norm1_bias"])
+    a, mixer = mixer_forward(params, a, cfg, rng)
+    a, drop1 = nn.dropout_forward(a, cfg.dropout, rng)
+    x = x + a
+    a, norm2 = nn.layer_norm_forward(x, params["norm2_weight"], params["norm2_bias"])
+    a, mlp = mlp_forward(params, a)
+    a, drop2 = nn.dropout_forward(a, cfg.dropout, rng)
+    return x + a, (norm1, mixer, drop1, norm2, mlp, drop2)
+
+
+def mlp_block_backward(dy, cache, mixer_backward):
+    """dy (B, L, D) -> dx, grads"""
+    norm1, mixer, drop1, norm2, mlp, drop2 = cache
+    da = nn.dropout_backward(dy, drop2)
+    da, grads = mlp_backward(da, mlp)
+    da, dweight2, dbias2 = nn.layer_norm_backward(da, norm2)
+    dx = dy + da
+    da = nn.dropout_backward(dx, drop1)
+    da, mixer_grads = mixer_backward(da, mixer)
+    da, dweight1, dbias1 = nn.layer_norm_backward(da, norm1)
+    norms = {"norm1_weight": dweight1, "norm1_bias": dbias1}
+    norms |= {"norm2_weight": dweight2, "norm2_bias": dbias2}
+    return dx + da, grads | mixer_grads | norms
+
+
+def mlp_block_step(params, x_t, state, cfg, mixer_step):
+    """One time step of such a block.   x_t (B, D) -> y_t (B, D), state"""
+
+    def mixer(params, x, cfg, rng):
+        nonlocal state
+        y, state = mixer_step(params, x[:, 0], state, cfg)
+        return y[:, None], None
+
+    y, _ = mlp_block_forward(params, x_t[:, None], cfg, mixer, None)
+    return y[:, 0], state
 
 
 # Published names that the S4 family shares

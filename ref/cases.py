@@ -8,6 +8,7 @@ Recomputing reads the first three only.
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -28,6 +29,10 @@ PRECISIONS = {
 }
 SOURCES = ("in.", "param.", "dout.")
 SCAN_SETTINGS = ("update",)  # arguments of a scan that are no arrays
+ALIASES = {  # a case's model -> whose module computes it, with which settings unless it has others
+    "l2t-student": ("hyena", {"block": "bare", "filter": "gated", "recurrence": "residual"}),
+}
+OWN = {"etsc": "ref.etsc"}  # models that are no layers: modules that say themselves what a case is
 DRAWS = 8  # perturbed recomputations that measure what rounding alone does
 
 
@@ -105,7 +110,10 @@ class Part:
             params = network.init(self.cfg, rng, "float64")
         else:
             params = getattr(self._module(), f"{self.part}_init")(self.cfg, rng, "float64")
-        params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+        layer = self.cfg.layer if self.part == "network" else self.cfg
+        for name, p in params.items():
+            if not network.is_buffer(name, self.model, layer):
+                params[name] = p + 0.1 * np.abs(rng.standard_normal(p.shape))
         return self._to_published(params) | self._buffers()
 
     def run(self, tensors, inputs, douts=None):
@@ -189,7 +197,7 @@ class Part:
         return network.published_buffers(self.cfg)
 
     def _module(self):
-        return network.model_module(self.model)
+        return module_of(self.model)
 
     def _to_published(self, params):
         if self.part == "network":
@@ -197,22 +205,58 @@ class Part:
         return self._module().to_published(params, self.cfg, self.part)
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnPart(Part):
+    """One part of a model of OWN.
+
+    Its module has CASE_PARTS, part -> the outputs whose gradients feed back; Config, the settings;
+    config_of(settings, tensors, part) -> Config, tensors with their prefixes;
+    case_sources(part, cfg, B, L, rng) -> {"in.*", "param.*"}, random ones, float64; and
+    case_results(part, cfg, params, inputs, douts) -> {"out.*", "grad.*"}.
+    """
+
+    def template(self):
+        """{"in.*", "param.*"}: the names, and of the parameters the shapes"""
+        return self._module().case_sources(self.part, self.cfg, 1, 1, np.random.default_rng(0))
+
+    def run(self, tensors, inputs, douts=None):
+        """-> {"out.*"}, and {"grad.*"} where there are some"""
+        return self._module().case_results(self.part, self.cfg, tensors, inputs, douts or {})
+
+
+def module_of(model):
+    """The module that computes a case's model.   Error: unknown name"""
+    if model in OWN:
+        return importlib.import_module(OWN[model])
+    return network.model_module(ALIASES.get(model, (model,))[0])
+
+
 def part_of(case):
     """The Part that a case is about.   Error: unknown model, part or setting"""
-    module = network.model_module(case.model)
+    case = _computed(case)
+    module = module_of(case.model)
     _check_part(module, case.model, case.part)
-    return Part(case.model, case.part, part_config(case, module))
+    kind = OwnPart if case.model in OWN else Part
+    return kind(case.model, case.part, part_config(case, module))
+
+
+def _computed(case):
+    """The case as one of the model that computes it"""
+    model, usual = ALIASES.get(case.model, (case.model, {}))
+    return dataclasses.replace(case, model=model, settings=usual | case.settings)
 
 
 def _check_part(module, model, part):
     scan = ("scan",) if hasattr(module, "scan_forward") else ()
-    parts = (*scan, *module.PUBLISHED, "network")
+    parts = tuple(module.CASE_PARTS) if model in OWN else (*scan, *module.PUBLISHED, "network")
     if part not in parts:
         raise Error(f"{model} has no part {part!r}; it has: {', '.join(parts)}.")
 
 
 def part_config(case, module):
     """The Config that a case's settings and tensors give; of a scan its settings alone"""
+    if case.model in OWN:
+        return _own_config(case, module)
     if case.part == "scan":
         return _scan_config(case, module)
     auto = {n for n, v in case.settings.items() if v == "auto"}  # what the shapes say
@@ -259,6 +303,18 @@ def part_config(case, module):
         ) from e
 
 
+def _own_config(case, module):
+    """The Config of a model of OWN.   Error: a setting that it does not have, or of another type"""
+    settings = {n: v for n, v in case.settings.items() if n != "note"}
+    known = {f.name for f in dataclasses.fields(module.Config)}
+    if unknown := sorted(settings.keys() - known):
+        has = ", ".join(sorted(known))
+        raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s; it has: {has}.")
+    check_kinds(settings, module.Config, what="the setting ")
+    sources = {n: t for n, t in case.tensors.items() if n.startswith(SOURCES)}
+    return module.config_of(settings, sources, case.part)
+
+
 def _scan_config(case, module):
     """The settings of a scan.   Error: one that it does not have, or of another type"""
     known = {p for p in inspect.signature(module.scan_forward).parameters if p in SCAN_SETTINGS}
@@ -278,6 +334,7 @@ def _scan_inputs(module):
 
 def compute(case):
     """Recompute a case in float64 from its in.*, param.* and dout.* alone -> {"out.*", "grad.*"}"""
+    case = _computed(case)
     part = part_of(case)
     sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
     _check_sources(case, part, sources)
@@ -299,6 +356,9 @@ def _run(part, sources):
 
 def _check_sources(case, part, sources):
     """Error for a parameter or input that is missing, unknown, or of another shape"""
+    if case.model in OWN:
+        _check_own_sources(case, part, sources)
+        return
     template = part.template()
     given = case.of("param.")
     for name in sorted(template.keys() - given.keys()):
@@ -314,7 +374,7 @@ def _check_sources(case, part, sources):
     inputs = {"x": True} | ({"lengths": False} if case.part == "network" else {})
     inputs = {} if case.part == "init" else inputs
     if case.part == "scan":
-        inputs = _scan_inputs(network.model_module(case.model))
+        inputs = _scan_inputs(module_of(case.model))
     allowed = {f"in.{name}" for name in inputs}
     for name, required in inputs.items():
         if required and f"in.{name}" not in sources:
@@ -327,6 +387,24 @@ def _check_sources(case, part, sources):
     feeds_back = {"dout.y"} | ({"dout.last_state"} if case.part == "scan" else set())
     if unknown := {n for n in sources if n.startswith("dout.")} - feeds_back:
         raise Error(f"{sorted(unknown)[0]} is not the gradient of an output that feeds back here.")
+    _check_finite(sources)
+
+
+def _check_own_sources(case, part, sources):
+    """The same, of a model of OWN, which looks itself at the shapes of its inputs"""
+    template, douts = part.template(), module_of(case.model).CASE_PARTS[case.part]
+    for name in sorted(template.keys() - sources.keys()):
+        raise Error(f"{name} is missing.")
+    for name in sorted(sources.keys() - template.keys() - {f"dout.{n}" for n in douts}):
+        raise Error(f"{name} is nothing that {case.model}'s {case.part} takes.")
+    for name, expected in template.items():
+        if name.startswith("param.") and sources[name].shape != expected.shape:
+            shapes = f"{sources[name].shape}; expected {expected.shape}"
+            raise Error(f"{name} has the shape {shapes}.")
+    _check_finite(sources)
+
+
+def _check_finite(sources):
     for name, t in sources.items():
         if t.dtype.kind == "f" and not np.isfinite(t).all():
             raise Error(f"{name} has values that are not finite, so nothing can be compared.")
@@ -396,12 +474,13 @@ def _ulp(precision):
 
 def _unavoidable(case, reference):
     """name -> the largest deviation of recomputations with everything off by up to half an ulp"""
+    case = _computed(case)
     part, half = part_of(case), 0.5 * _ulp(case.precision)
     sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
     worst = dict.fromkeys(reference, 0.0)
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
-        with perturbed(half, rng, network.model_module(case.model)):
+        with perturbed(half, rng, module_of(case.model)):
             results = _run(part, {n: _perturb(t, half, rng) for n, t in sources.items()})
         for name, r in reference.items():
             deviation = np.abs(_perturb(results[name], half, rng) - r).max()
@@ -461,9 +540,22 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0, ini
     them in float64 and rounded once. initial_state: a scan gets one, and a gradient of its last.
     Error: an unknown part or setting, B or L below 1, an initial state of what takes none.
     """
-    module, rng = network.model_module(model), np.random.default_rng(seed)
+    if model in ALIASES:
+        own, usual = ALIASES[model]
+        made = make_case(own, part, usual | settings, B, L, precision, seed, initial_state)
+        return dataclasses.replace(made, model=model)
+    module, rng = module_of(model), np.random.default_rng(seed)
     if B < 1 or L < 1:
         raise Error(f"B={B}, L={L}: both at least 1.")
+    if model in OWN:
+        if initial_state:
+            raise Error(f"an initial state is for part 'scan', not for {model}.")
+        head = Case(model, part, precision, settings, {})
+        _check_part(module, model, part)
+        p = OwnPart(model, part, _own_config(head, module))
+        sources = module.case_sources(part, p.cfg, B, L, rng)
+        sources = {n: _rounded(t, precision) for n, t in sources.items()}
+        return _made(head, p, sources, module.CASE_PARTS[part], rng)
     if "l_max" in {f.name for f in dataclasses.fields(module.Config)}:
         settings = {"l_max": L} | settings  # the length that S4's C~ is made for
     head = Case(model, part, precision, settings, {})

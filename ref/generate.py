@@ -8,29 +8,36 @@ from pathlib import Path
 
 import numpy as np
 
-from ref import Error, backend, network, presets, runs
+from ref import Error, backend, convert, network, presets, runs
 
-STARTS = ("\n", "<eos>")  # what an empty prompt is taken for, if the vocabulary has it
+LINE_END = "<eos>"  # in a vocabulary of words
+STARTS = ("\n", LINE_END)  # what an empty prompt is taken for, if the vocabulary has it
 
 
-def generate(run, prompt, tokens, temperature, top_k, top_p, seed):
+def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method="auto", **how):
     """`python -m ref generate`: print the prompt and its continuation as it comes; the speed goes
-    to stderr. Ctrl-C ends it.
+    to stderr. Ctrl-C ends it.   method, how: of convert.for_decoding; or "convolution"
 
-    Error: no such run, one of no language model, or what `encode` and `sample` refuse
+    Error: no such run, one of no language model, or what is refused by `encode`, `sample` and
+    convert.for_decoding
     """
     backend.set_threads(1)  # one token's work is too small to be shared out
     params, cfg, vocabulary = load(run)
     start = encode(prompt, vocabulary)
     rng = np.random.default_rng(seed)
-    continuation = sample(params, cfg, start, tokens, temperature, top_k, top_p, rng)
+    recompute, systems = method == "convolution", None
+    if not recompute:
+        systems = convert.for_decoding(params, cfg, method, len(start) + tokens - 1, **how)
+    chosen = temperature, top_k, top_p, rng, systems, recompute
+    continuation = sample(params, cfg, start, tokens, *chosen)
     network.step(params, np.array(start[:1]), network.state(params, cfg, 1), cfg)  # loads kernels
-    between = "" if _of_characters(vocabulary) else " "
     print(prompt, end="", flush=True)
+    shown, characters = prompt[-1:], _of_characters(vocabulary)
     count, began = 0, time.monotonic()
     try:
         for token in continuation:
-            print(between + vocabulary[token], end="", flush=True)
+            shown = vocabulary[token] if characters else _word(vocabulary[token], shown)
+            print(shown, end="", flush=True)
             count += 1
     except KeyboardInterrupt:
         pass
@@ -64,18 +71,28 @@ def load(run):
     return params, cfg, vocabulary
 
 
+def _word(word, before):
+    """What is printed for a word after `before`: <eos> ends the line, the others have spaces"""
+    if word == LINE_END:
+        return "\n"
+    return word if before[-1:] in ("", " ", "\n") else f" {word}"
+
+
 def encode(prompt, vocabulary):
     """Text -> token ids; an empty one is taken for a line's end, or for the vocabulary's first.
 
-    Error: something that is not in the vocabulary
+    Among words a line's end is <eos>, if the vocabulary has it.   Error: something that is not in
+    the vocabulary
     """
     ids = {text: i for i, text in enumerate(vocabulary)}
     unit = "character" if _of_characters(vocabulary) else "word"
+    if unit == "word" and LINE_END in ids:
+        prompt = prompt.replace("\n", f" {LINE_END} ")
     pieces = list(prompt) if unit == "character" else prompt.split()
     if unknown := [piece for piece in pieces if piece not in ids]:
         raise Error(
             f"the prompt's {unit} {unknown[0]!r} is not among the {len(vocabulary):,} {unit}s that "
-            "the run was trained on."
+            f"the run was trained on.{' Write <unk> for it.' if '<unk>' in ids else ''}"
         )
     if not pieces:
         pieces = [next((start for start in STARTS if start in ids), vocabulary[0])]
@@ -86,11 +103,25 @@ def _of_characters(vocabulary):
     return all(len(text) == 1 for text in vocabulary)
 
 
-def sample(params, cfg, prompt_tokens, n, temperature=1.0, top_k=0, top_p=1.0, rng=None):
+def sample(
+    params,
+    cfg,
+    prompt_tokens,
+    n,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    rng=None,
+    systems=None,
+    recompute=False,
+):
     """Generator of n tokens after prompt_tokens; see `choose`.   rng None: another one every time
 
+    systems: of convert.systems, to decode by; None: the model's own recurrent form
+    recompute: no recurrent form; the whole sequence again for each token, for comparison
+
     Error, at once: no prompt, a temperature, top_k or top_p that is none, more positions than the
-    network has, a network that is no causal language model
+    network or the conversion has, a network that is no causal language model
     """
     if not 0 <= temperature < math.inf:
         raise Error(f"temperature={temperature}: expected 0 (the likeliest token) or more.")
@@ -103,26 +134,34 @@ def sample(params, cfg, prompt_tokens, n, temperature=1.0, top_k=0, top_p=1.0, r
             f"{len(prompt_tokens)} prompt tokens and n={n}: expected at least one to start from, "
             "and n of 0 or more."
         )
-    if 0 < cfg.positions < len(prompt_tokens) + n - 1:  # the last token is not fed back
+    state, room, holder = None, cfg.positions or math.inf, f"this {cfg.model} has"
+    if not recompute:
+        state = network.state(params, cfg, 1, systems)
+        horizon = convert.horizon(state)
+        if horizon < room:
+            room, holder = horizon, "the filters are converted for a horizon of"
+    if room < len(prompt_tokens) + n - 1:  # the last token is not fed back
         raise Error(
-            f"{len(prompt_tokens):,} prompt tokens and {n:,} more do not fit: this {cfg.model} has "
-            f"{cfg.positions:,} positions. Ask for at most "
-            f"{max(0, cfg.positions + 1 - len(prompt_tokens)):,} tokens, or shorten the prompt."
+            f"{len(prompt_tokens):,} prompt tokens and {n:,} more do not fit: {holder} {room:,} "
+            f"positions. Ask for at most {max(0, room + 1 - len(prompt_tokens)):,} tokens, or "
+            "shorten the prompt."
         )
-    state = network.state(params, cfg, 1)
     rng = np.random.default_rng() if rng is None else rng
-    return _sample(params, cfg, prompt_tokens, n, state, temperature, top_k, top_p, rng)
+    return _sample(params, cfg, list(prompt_tokens), n, state, temperature, top_k, top_p, rng)
 
 
-def _sample(params, cfg, prompt_tokens, n, state, temperature, top_k, top_p, rng):
+def _sample(params, cfg, tokens, n, state, temperature, top_k, top_p, rng):
     xp = backend.array_module(params["encoder.weight"])
-    waiting = list(prompt_tokens)
-    for _ in range(n):
-        for token in waiting:
-            logits, state = network.step(params, xp.asarray([token]), state, cfg)
-        token = choose(backend.to_host(logits)[0], temperature, top_k, top_p, rng)
-        yield token
-        waiting = [token]
+    for i in range(n):
+        if state is None:
+            y, _ = network.forward(params, xp.asarray([tokens]), cfg)
+            logits = y[:, -1]
+        elif i == 0:
+            logits, state = network.prefill(params, xp.asarray([tokens]), cfg, state)
+        else:
+            logits, state = network.step(params, xp.asarray(tokens[-1:]), state, cfg)
+        tokens.append(choose(backend.to_host(logits)[0], temperature, top_k, top_p, rng))
+        yield tokens[-1]
 
 
 def choose(logits, temperature, top_k, top_p, rng):

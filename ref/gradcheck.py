@@ -55,8 +55,12 @@ def check_pair(forward, backward, arrays, seed=0):
 _HOPE = {"d_model": 3, "d_state": 5, "convention": "lra", "dt_min": 0.1, "dt_max": 1.0}
 _SSM = {"d_model": 3, "d_state": 4, "dt_min": 0.1, "dt_max": 1.0}
 _ATTENTION = {"d_model": 6, "n_heads": 3, "d_mlp": 5, "block": 3, "depth": 2, "context": 12}
+_TNN = {"d_model": 3, "expand_ratio": 1.7, "glu_dim": 4, "rpe_dim": 6, "rpe_layers": 2}
+_TNN |= {"rpe_act": "silu", "gamma": 0.7}  # relu only where few numbers can come near its kink
 _SCAN, _STEPS = {"d_model": 5, "d_state": 3}, {"dt_min": 0.1, "dt_max": 1.0}
 _PUBLISHED = {"bidirectional": True, "layout": "published"}
+_HYENA = {"d_model": 5, "l_max": 9, "filter_order": 4, "w": 2.0, "d_mlp": 7, "depth": 2}
+_STUDENT = {"filter": "gated", "recurrence": "residual", "block": "bare"}
 CONFIGURATIONS = {
     "longhorn": [
         (_SCAN | {"dropout": 0.3}, 7),
@@ -85,12 +89,37 @@ CONFIGURATIONS = {
         (_SSM | {"l_max": 8}, 8),
         (_SSM, 2),
     ],
+    "hyena": [
+        (_HYENA | {"dropout": 0.3}, 7),
+        (_HYENA | {"order": 3, "emb_dim": 5, "num_inner_mlps": 1, "shift": 0.05}, 9),
+        (_HYENA | {"order": 4, "num_inner_mlps": 0, "short_filter_order": 1}, 5),
+        (_HYENA | {"recurrence": "residual", "order": 1, "block": "bare", "dropout": 0.3}, 8),
+        (_HYENA | _STUDENT | {"dropout": 0.3}, 9),
+        (_HYENA | _STUDENT, 6),
+        (_HYENA | {"filter": "gated", "order": 3}, 7),
+        (_HYENA | {"l_max": 1}, 1),
+        (_HYENA, 2),
+    ],
     "s4d": [
         (_SSM | {"bidirectional": True, "norm": "batch", "dropout": 0.3}, 7),
         (_SSM | {"discretization": "bilinear", "prenorm": True}, 8),
         (_SSM | {"discretization": "bilinear", "bidirectional": True}, 2),
         (_SSM | {"init": "random", "norm": "rms", "prenorm": True}, 130),
         (_SSM, 1),
+    ],
+    "tnn": [
+        (_TNN | {"bidirectional": True, "use_multi_decay": True, "dropout": 0.3}, 7),
+        (_TNN | {"use_decay": True, "residual": True}, 8),
+        (_TNN | {"use_multi_decay": True, "num_heads": 2, "act_type": "silu"}, 9),
+        (_TNN | {"bidirectional": True, "par_type": 2, "rpe_layers": 0, "act_type": "gelu"}, 6),
+        (_TNN | {"par_type": 3, "rpe_act": "gelu", "use_decay": True, "act_type": "sigmoid"}, 7),
+        (_TNN | {"bidirectional": True, "par_type": 3, "act_type": "exp", "prenorm": False}, 5),
+        (_TNN | {"use_multi_decay": True, "act_type": "1+elu", "glu_dim": 0}, 5),
+        (_TNN | {"par_type": 2, "rpe_act": "none", "act_type": "leak"}, 5),
+        (_TNN | {"rpe_act": "relu", "act_type": "elu"}, 3),
+        (_TNN | {"use_multi_decay": True}, 1),
+        (_TNN | {"bidirectional": True, "rpe_act": "relu"}, 2),
+        (_TNN, 2),
     ],
     "transformer": [
         (_ATTENTION | {"bidirectional": True, "dropout": 0.3}, 7),
@@ -103,13 +132,13 @@ CONFIGURATIONS = {
 
 # How far parameters are moved off their initial values; where gates and norms multiply many small
 # ones, further, for else a gradient drowns in the rounding of the loss
-NOISE = {"longhorn": 0.3, "mamba": 0.3}
+NOISE = {"hyena": 0.2, "longhorn": 0.3, "mamba": 0.3, "tnn": 0.3}
 
 
-def _moved(params, rng, model):
-    """params, all moved upwards: no zeros, no variance below what it was"""
-    far = NOISE.get(model, 0.1)
-    return {n: p + far * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+def _moved(params, rng, model, layer):
+    """params, all but constants moved upwards: no zeros, no variance below what it was"""
+    far, moved = NOISE.get(model, 0.1), _trained(params, model, layer)
+    return params | {n: p + far * np.abs(rng.standard_normal(p.shape)) for n, p in moved.items()}
 
 
 # The layers of ref/nn.py: name -> (arrays, forward of them, names of the gradients that backward
@@ -132,6 +161,7 @@ def nn_pairs(rng):
         "embedding": ({"W": normal(V, D)}, {"tokens": rng.integers(0, V, (B, L))}),
         "layer_norm": (affine, {}),
         "rms_norm": ({"x": x, "weight": affine["weight"]}, {}),
+        "simple_rms_norm": ({"x": x}, {}),
         "batch_norm": (affine, moments | {"training": True}),
         "batch_norm in evaluation": (affine, moments | {"training": False}),
         "glu": ({"a": normal(B, L, 2 * D)}, {}),
@@ -190,13 +220,10 @@ def model_pairs(model, rng):
         label = ", ".join([*label, f"L={L}"])
         for part in ("operator", "mixer", "block"):
             params = getattr(module, f"{part}_init")(cfg, rng, "float64")
-            params = _moved(params, rng, model)
+            params = _moved(params, rng, model, cfg)
             pair = _part_pair(module, part, cfg, params)
-            yield (
-                f"{part}: {label}",
-                *pair,
-                params | {"x": rng.standard_normal((2, L, network.part_width(model, part, cfg)))},
-            )
+            x = rng.standard_normal((2, L, network.part_width(model, part, cfg)))
+            yield f"{part}: {label}", *pair, _trained(params, model, cfg) | {"x": x}
         if hasattr(module, "scan_forward"):
             yield from _scan_pairs(module, cfg, label, L, rng)
             yield from _state_pairs(model, module, cfg, label, L, rng)
@@ -227,7 +254,7 @@ def _state_pairs(model, module, cfg, label, L, rng):
     """Mixer and block from a state to a state"""
     for part in ("mixer", "block"):
         params = getattr(module, f"{part}_init")(cfg, rng, "float64")
-        params = _moved(params, rng, model)
+        params = _moved(params, rng, model, cfg)
         state = module.state(params, cfg, 2)
         state = {f"state.{n}": rng.standard_normal(a.shape) for n, a in state.items()}
         after = module.mixer_state if part == "mixer" else module.final_state
@@ -264,12 +291,12 @@ def _cut(dout, shapes):
 def _part_pair(module, part, cfg, params):
     def forward(arrays):
         extra = () if part == "operator" else (np.random.default_rng(1),)
-        given = {n: arrays[n] for n in params}
+        given = {n: arrays.get(n, p) for n, p in params.items()}
         return getattr(module, f"{part}_forward")(given, arrays["x"], cfg, *extra)
 
     def backward(dy, cache):
         dx, grads = getattr(module, f"{part}_backward")(dy, cache)
-        return _with_buffers(params, grads) | {"x": dx}
+        return _with_moments(params, grads) | {"x": dx}
 
     return forward, backward
 
@@ -288,22 +315,28 @@ def _network_pairs(model, module, rng):
         own = {"n_layers": 2, "d_input": 6, "d_output": 4, "decoder": decoder} | extra
         cfg = network.Config(model, module.Config(**layer), **own, final_norm=True)
         params = network.init(cfg, rng, "float64")
-        params = _moved(params, rng, model)
+        params = _moved(params, rng, model, cfg.layer)
         x = rng.integers(0, 6, (2, L)) if cfg.tokens else rng.standard_normal((2, L, 6))
         lengths = None if decoder == "lm" else np.array([L, L - 2])
 
         def forward(arrays, cfg=cfg, params=params, lengths=lengths):
-            given = {n: arrays[n] for n in params}
+            given = {n: arrays.get(n, p) for n, p in params.items()}
             return network.forward(given, arrays["x"], cfg, lengths, np.random.default_rng(1))
 
         def backward(dy, cache, params=params):
             dx, grads = network.backward(dy, cache)
-            return _with_buffers(params, grads) | {"x": dx}
+            return _with_moments(params, grads) | {"x": dx}
 
-        yield f"network: {decoder}, {extra}", forward, backward, params | {"x": x}
+        trained = _trained(params, model, cfg.layer)
+        yield f"network: {decoder}, {extra}", forward, backward, trained | {"x": x}
 
 
-def _with_buffers(params, grads):
+def _trained(params, model, layer):
+    """The params without the model's constants"""
+    return {n: p for n, p in params.items() if not network.is_buffer(n, model, layer)}
+
+
+def _with_moments(params, grads):
     """Running moments take no part in training mode: their derivative is zero"""
     moments = {n: np.zeros_like(p) for n, p in params.items() if n.endswith(("_mean", "_var"))}
     return moments | grads

@@ -337,12 +337,22 @@ def running_statistics(params, cache):
 # Recurrent form
 
 
-def state(params, cfg, batch):
-    """The block's state before the first step: (B, D, n) zeros.   Error: the map is not causal."""
+def kernels(params, cfg, L):
+    """The block's long filter, causal, without the skip.   -> k (1, D, L)   Error: another conv"""
+    if cfg.conv != "causal":
+        raise Error(f"conv={cfg.conv!r} has no causal kernel; use conv='causal'.")
+    return impulse_response(params, cfg, L)[None]
+
+
+def state(params, cfg, batch, systems=None):
+    """The block's state before the first step: (B, D, n) zeros, or that of `systems`, which the
+    kernel was converted to (ref.etsc).   Error: the map is not causal."""
     if cfg.conv == "circular":
         raise Error("conv='circular' sees all of a sequence: no recurrent step; use conv='causal'.")
     if cfg.conv == "identity":
         return {}
+    if systems:
+        return block.converted_state(systems, batch)
     D = params["D"]
     return {"s": array_module(D).zeros((batch, cfg.d_model, cfg.n), dtype=D.dtype)}
 
@@ -351,6 +361,8 @@ def operator_step(params, x_t, state, cfg):
     """One time step of the causal operator.   x_t (B, D) -> y_t (B, D), state"""
     if cfg.conv == "identity":
         return x_t, state
+    if "systems" in state:
+        return block.converted_step(x_t, state, params["D"])
     y, s = ladder_step(_real_markov(params), pole(params["log_dt"]), state["s"], x_t)
     return y + params["D"] * x_t, {"s": s}
 
@@ -358,6 +370,11 @@ def operator_step(params, x_t, state, cfg):
 def step(params, x_t, state, cfg):
     """One time step of the block.   x_t (B, D) -> y_t (B, D), state"""
     return block.gelu_mixer_step(params, x_t, state, cfg, operator_step)
+
+
+def prefill(params, x, cfg, state):
+    """The block's forward over x (B, L, D), from a fresh state -> y (B, L, D), state after it"""
+    return block.gelu_mixer_prefill(params, x, state, cfg, operator_forward, operator_step)
 
 
 # Looking at it

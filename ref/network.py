@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ref import Error, backend, block, nn
 from ref.backend import array_module, check_choice
 
-MODELS = ("hope", "s4", "s4d", "longhorn", "mamba", "transformer")
+MODELS = ("hope", "s4", "s4d", "hyena", "longhorn", "mamba", "tnn", "transformer")
 DECODERS = ("mean", "last", "match", "lm")
 
 
@@ -139,12 +139,7 @@ def forward(params, x, cfg, lengths=None, rng=None, state=None, where=None):
     masked = {"lengths": lengths} if getattr(model, "MASKED", False) else {}
     if state is not None and not hasattr(model, "final_state"):
         raise Error(f"{cfg.model} goes on from a state by `step` alone; forward starts anew.")
-    if cfg.tokens:
-        z, encoder = nn.embedding_forward(x, params["encoder.weight"])
-    else:
-        z, encoder = nn.linear_forward(x, params["encoder.weight"], params["encoder.bias"])
-    if cfg.positions:
-        z = z + params["encoder.position"][: x.shape[1]]
+    z, encoder = _encoded(params, x, cfg)
     blocks = []
     for i in range(cfg.n_layers):
         own = masked if state is None else masked | {"state": state["blocks"][i]}
@@ -168,6 +163,17 @@ def forward(params, x, cfg, lengths=None, rng=None, state=None, where=None):
     y, decoder = nn.linear_forward(z, W, params.get("decoder.bias"))
     position = x.shape[1] + (0 if state is None else state["position"])
     return y, (cfg, encoder, blocks, final, pool, match, (decoder, where, shape, position))
+
+
+def _encoded(params, x, cfg, first=0):
+    """x (B, L) or (B, L, C), at the positions from `first` on -> z (B, L, D), encoder's cache"""
+    if cfg.tokens:
+        z, encoder = nn.embedding_forward(x, params["encoder.weight"])
+    else:
+        z, encoder = nn.linear_forward(x, params["encoder.weight"], params["encoder.bias"])
+    if cfg.positions:
+        z = z + params["encoder.position"][first : first + x.shape[1]]
+    return z, encoder
 
 
 def backward(dy, cache, dstate=None):
@@ -209,7 +215,7 @@ def backward(dy, cache, dstate=None):
     else:
         dx, grads["encoder.weight"], grads["encoder.bias"] = nn.linear_backward(dz, encoder)
     if cfg.tied:
-        grads["encoder.weight"] = grads["encoder.weight"] + dW
+        grads["encoder.weight"] += dW  # both are fresh, and large with a large vocabulary
     return dx, grads
 
 
@@ -237,10 +243,16 @@ def _match_backward(dz, cache):
 # Recurrent form
 
 
-def state(params, cfg, batch):
-    """What decoding knows before the first position.   Error: a block is not causal"""
-    model = model_module(cfg.model)
-    blocks = [model.state(layer_params(params, i), cfg.layer, batch) for i in range(cfg.n_layers)]
+def state(params, cfg, batch, systems=None):
+    """What decoding knows before the first position.   Error: a block is not causal
+
+    systems: for each block the etsc.System of each of its long filters, to decode by; None: the
+    model's own form
+    """
+    model, blocks = model_module(cfg.model), []
+    for i in range(cfg.n_layers):
+        own = {} if systems is None else {"systems": systems[i]}
+        blocks.append(model.state(layer_params(params, i), cfg.layer, batch, **own))
     return {"position": 0, "blocks": blocks}
 
 
@@ -249,26 +261,55 @@ def step(params, x_t, state, cfg):
 
     Error: a token outside the vocabulary, another decoder, no position left
     """
-    if cfg.decoder != "lm":
-        raise Error(f"decoder={cfg.decoder!r} sees a whole sequence; only 'lm' goes step by step.")
-    _check_input(x_t[:, None], dataclasses.replace(cfg, positions=0), None)
-    model, t, blocks = model_module(cfg.model), state["position"], []
-    if 0 < cfg.positions <= t:
-        raise Error(f"the network has {cfg.positions} positions, and they are full.")
-    if cfg.tokens:
-        z = params["encoder.weight"][x_t]
-    else:
-        z, _ = nn.linear_forward(x_t, params["encoder.weight"], params["encoder.bias"])
-    if cfg.positions:
-        z = z + params["encoder.position"][t]
+    t, z = _entered(params, x_t[:, None], state, cfg)
+    model, z, blocks = model_module(cfg.model), z[:, 0], []
     for i in range(cfg.n_layers):
         z, own = model.step(layer_params(params, i), z, state["blocks"][i], cfg.layer)
         blocks.append(own)
+    return _decoded(params, z, cfg), {"position": t + 1, "blocks": blocks}
+
+
+def prefill(params, x, cfg, state):
+    """The first positions of a language model at once.   x (B, L) or (B, L, C), a fresh state ->
+    logits (B, d_output) of the last position, state after it; as L steps give them, to rounding
+
+    Models with neither `prefill` nor `final_state` go step by step.   Error: as of `step`
+    """
+    model, L = model_module(cfg.model), x.shape[1]
+    if hasattr(model, "final_state"):
+        where = array_module(params["encoder.weight"]).zeros(x.shape[:2], dtype=bool)
+        where[:, -1] = True
+        logits, cache = forward(params, x, cfg, state=state, where=where)
+        return logits, final_state(cache)
+    if not hasattr(model, "prefill"):
+        for t in range(L):
+            logits, state = step(params, x[:, t], state, cfg)
+        return logits, state
+    t, z = _entered(params, x, state, cfg)
+    blocks = []
+    for i in range(cfg.n_layers):
+        z, own = model.prefill(layer_params(params, i), z, cfg.layer, state["blocks"][i])
+        blocks.append(own)
+    return _decoded(params, z[:, -1], cfg), {"position": t + L, "blocks": blocks}
+
+
+def _entered(params, x, state, cfg):
+    """Decoding goes on with x (B, L) or (B, L, C).   -> its first position, z (B, L, D)"""
+    if cfg.decoder != "lm":
+        raise Error(f"decoder={cfg.decoder!r} sees a whole sequence; only 'lm' goes step by step.")
+    _check_input(x, dataclasses.replace(cfg, positions=0), None)
+    t = state["position"]
+    if 0 < cfg.positions < t + x.shape[1]:
+        raise Error(f"the network has {cfg.positions} positions, and they are full.")
+    return t, _encoded(params, x, cfg, t)[0]
+
+
+def _decoded(params, z, cfg):
+    """What forward does with the last block's output.   z (B, D), of one position -> logits"""
     if cfg.final_norm:
         z, _ = block.norm_forward(_under("final.", params), z, cfg.layer.norm, False)
     W = params["encoder.weight" if cfg.tied else "decoder.weight"]
-    y, _ = nn.linear_forward(z, W, params.get("decoder.bias"))
-    return y, {"position": t + 1, "blocks": blocks}
+    return nn.linear_forward(z, W, params.get("decoder.bias"))[0]
 
 
 def final_state(cache):
@@ -302,7 +343,7 @@ def running_statistics(params, cache):
 
 
 def groups(params, cfg):
-    """name -> the optimiser's group: main, ssm, dt, or frozen (not trained, running moments)"""
+    """name -> the optimiser's group: main, ssm, dt, nodecay, slow, or frozen (not trained)"""
     special = model_module(cfg.model).groups(cfg.layer)
 
     def group(name):
@@ -310,6 +351,12 @@ def groups(params, cfg):
         return "frozen" if last in ("norm_mean", "norm_var") else special.get(last, "main")
 
     return {name: group(name) for name in params}
+
+
+def is_buffer(name, model, layer):
+    """Whether a parameter is one of the model's constants, of which there is no gradient"""
+    module = model_module(model)
+    return hasattr(module, "buffers") and name.rpartition(".")[2] in module.buffers(layer)
 
 
 def _check_input(x, cfg, lengths):
@@ -357,11 +404,13 @@ def from_published(tensors, cfg):
     model, layers = model_module(cfg.model), []
     for i in range(cfg.n_layers):
         own = {}
-        for ours, theirs in model.PUBLISHED_LAYER.items():
+        for ours, theirs in _layer_names(model, cfg.layer):
             own |= _within(ours, _under(theirs.format(i=i), tensors))
         layers.append(model.from_published(own, cfg.layer, "block"))
     names = outside_names(cfg.model, cfg.layer)
     params = {names[name]: t for name, t in tensors.items() if name in names}
+    if "encoder.position" in params:  # some have a leading axis of 1
+        params["encoder.position"] = params["encoder.position"].reshape(cfg.positions, -1)
     xp = array_module(next(iter(tensors.values())))
     if cfg.tied and "decoder.weight" in params:
         head = params.pop("decoder.weight")
@@ -379,11 +428,19 @@ def to_published(params, cfg):
     tensors = {names[name]: p for name, p in params.items() if name in names}
     if cfg.tied and hasattr(model, "lists_tied_head") and model.lists_tied_head(cfg.layer):
         tensors[names["decoder.weight"]] = params["encoder.weight"]
+    if "encoder.position" in params and getattr(model, "POSITIONS_HAVE_BATCH", False):
+        tensors[names["encoder.position"]] = params["encoder.position"][None]
     for i in range(cfg.n_layers):
         own = model.to_published(layer_params(params, i), cfg.layer, "block")
-        for ours, theirs in model.PUBLISHED_LAYER.items():
+        for ours, theirs in _layer_names(model, cfg.layer):
             tensors |= _within(theirs.format(i=i), _under(ours, own))
     return tensors
+
+
+def _layer_names(model, layer):
+    """Prefixes of a block's published names, and what they are within a network, for layer {i}"""
+    by_layer = getattr(model, "published_layer", None)
+    return (by_layer(layer) if by_layer else model.PUBLISHED_LAYER).items()
 
 
 def outside_names(model, layer):
@@ -405,6 +462,6 @@ def published_buffers(cfg):
     model, tensors = model_module(cfg.model), {}
     own = model.published_buffers(cfg.layer, "block")
     for i in range(cfg.n_layers):
-        for ours, theirs in model.PUBLISHED_LAYER.items():
+        for ours, theirs in _layer_names(model, cfg.layer):
             tensors |= _within(theirs.format(i=i), _under(ours, own))
     return tensors

@@ -11,6 +11,7 @@ from ref import Error, backend
 from ref.backend import array_module, check_choice, irfft, rfft, twins
 
 EPS = 1e-5  # of the norms, inside the root
+SIMPLE_EPS = 1e-8  # of the simple norm, outside of it
 
 
 def sum_rows(x):
@@ -50,7 +51,7 @@ def embedding_backward(dy, cache):
     if twin := twins("nn", dy):
         return twin.embedding_backward(dy, tokens, V)
     xp, rows, tokens = array_module(dy), dy.reshape(-1, D), tokens.reshape(-1)
-    dW, piece = xp.zeros((V, D), dtype=dy.dtype), max(1, (1 << 26) // V)
+    dW, piece = xp.zeros((V, D), dtype=dy.dtype), max(1, (1 << 22) // V)
     for i in range(0, len(rows), piece):  # products: unlike scattering, the same bits each time
         one_hot = tokens[None, i : i + piece] == xp.arange(V)[:, None]
         dW += one_hot.astype(dy.dtype) @ rows[i : i + piece]
@@ -97,6 +98,20 @@ def rms_norm_backward(dy, cache):
         return twin.rms_norm_backward(dy, x, r, weight)
     xhat, g = x * r, dy * weight
     return r * (g - xhat * (g * xhat).mean(axis=-1, keepdims=True)), sum_rows(dy * xhat)
+
+
+def simple_rms_norm_forward(x):
+    """x (..., D) -> y = x / (s + 1e-8),  s = |x| / sqrt(D): no gain, nothing inside the root"""
+    s = array_module(x).sqrt((x * x).mean(axis=-1, keepdims=True))
+    return x / (s + SIMPLE_EPS), (x, s)
+
+
+def simple_rms_norm_backward(dy, cache):
+    """dy (..., D) -> dx = r (dy - r x mean(x dy) / s),  r = 1 / (s + 1e-8); at x = 0: r dy"""
+    x, s = cache
+    r = 1 / (s + SIMPLE_EPS)
+    slope = (x * dy).mean(axis=-1, keepdims=True) / (s + (s == 0))
+    return r * (dy - x * (r * slope))
 
 
 def batch_norm_forward(x, weight, bias, mean, var, training):
@@ -470,28 +485,47 @@ def softmax_cross_entropy_forward(logits, targets, ignore=-1, consume_logits=Fal
     """logits (..., V), targets (...) integers -> mean of -log softmax(logits)[target] in nats, over
     targets != ignore
 
-    consume_logits: the softmax takes the place of the logits, which are lost.
+    The gradient is made at once. consume_logits: in the place of the logits, which are lost, so
+    that with a large V there is one array of their size.
     """
-    xp, V = array_module(logits), logits.shape[-1]
-    p = logits.reshape(-1, V)
-    if not (consume_logits and logits.flags.c_contiguous):
-        p = p.copy()
-    rows, counted = targets.reshape(-1), targets.reshape(-1) != ignore
-    at = (xp.arange(len(rows)), xp.where(counted, rows, 0))
+    flags = logits.flags
+    consumed = consume_logits and flags.c_contiguous and getattr(flags, "writeable", True)
+    gradient = logits if consumed else logits.copy()
+    twin = twins("softmax", logits)
+    cross_entropy = twin.cross_entropy if twin else _cross_entropy
+    rows = gradient.reshape(-1, logits.shape[-1])
+    loss, correct = cross_entropy(rows, targets.reshape(-1), ignore)
+    return loss, (gradient, consumed, correct.reshape(targets.shape))
+
+
+def softmax_cross_entropy_backward(dloss, cache):
+    """dloss (a number) -> dlogits (..., V) = dloss (softmax - one-hot) / count, zero where ignored
+
+    Of consumed logits and dloss = 1 it is the very array that they were in.
+    """
+    gradient, consumed, _ = cache
+    as_it_is = consumed and isinstance(dloss, (int, float)) and dloss == 1
+    return gradient if as_it_is else gradient * dloss
+
+
+def softmax_cross_entropy_correct(cache):
+    """(...) booleans: whether the target has the first of the largest logits; ignored: False"""
+    return cache[2]
+
+
+def _cross_entropy(p, targets, ignore):
+    """p (n, V) logits, targets (n,) -> loss, correct (n,); p becomes the gradient of the loss"""
+    xp, counted = array_module(p), targets != ignore
+    at = (xp.arange(len(p)), xp.where(counted, targets, 0))
+    count = xp.maximum(counted.sum(), 1).astype(p.dtype)
+    correct = counted & (p.argmax(axis=1) == targets)
     p -= p.max(axis=1, keepdims=True)
     target_logit = p[at]
     xp.exp(p, out=p)
     Z = p.sum(axis=1, keepdims=True)
+    losses, scale = xp.log(Z[:, 0]) - target_logit, counted.astype(p.dtype) / count
     p /= Z
-    count = xp.maximum(counted.sum(), 1)
-    loss = ((xp.log(Z[:, 0]) - target_logit) * counted).sum() / count.astype(p.dtype)
-    return loss, (p, at, counted, count, logits.shape)
-
-
-def softmax_cross_entropy_backward(dloss, cache):
-    """dloss (a number) -> dlogits (..., V) = (softmax - one-hot) / count, zero where ignored"""
-    p, at, counted, count, shape = cache
-    scale = counted.astype(p.dtype) * (dloss / count.astype(p.dtype))
-    dlogits = p * scale[:, None]
-    dlogits[at] -= scale
-    return dlogits.reshape(shape)
+    p *= scale[:, None]
+    p[at] -= scale
+    p[~counted] = 0
+    return xp.where(counted, losses, xp.zeros_like(losses)).sum() / count, correct

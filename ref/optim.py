@@ -62,7 +62,9 @@ def warmup_cosine(step, total, warmup):
 
 def gradient_norm(grads):
     """The Euclidean norm of all gradients together, a Python float"""
-    return math.sqrt(item(sum((g.astype("float64") ** 2).sum() for g in grads.values())))
+    flat, piece = [g.reshape(-1) for g in grads.values()], 1 << 20  # of a gradient in float64
+    parts = (g[i : i + piece] for g in flat for i in range(0, len(g), piece))
+    return math.sqrt(item(sum((part.astype("float64") ** 2).sum() for part in parts)))
 
 
 def clip(grads, norm, largest):

@@ -51,7 +51,7 @@ def draw(what, run, models, settings, length, seed, path):
             x = np.random.default_rng(seed).standard_normal((1, L, width))
             is_scan = hasattr(module, "scan_forward")
             some = {"channels": CHANNELS} if is_scan else {}  # a scan has so many
-            if is_scan or module.__name__ == "ref.transformer":
+            if is_scan or module.__name__ in ("ref.hyena", "ref.transformer"):
                 title += ", of white noise"  # such a map depends on its input
             pictures[title] = module.matrix(params, cfg, x, L, **some)[0]
     {"kernel": kernel, "hankel": hankel, "matrix": matrix}[what](pictures, path)

@@ -13,7 +13,8 @@ from ref.backend import check_choice
 from ref.files import read_json
 
 PRESETS = ("small", "paper")
-TIED = ("longhorn", "mamba", "transformer")  # models whose papers decode by the embedding
+# Models whose papers decode by the embedding
+TIED = ("hyena", "longhorn", "mamba", "tnn", "transformer")
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,8 @@ class Budget:
 
 def memory_estimate(params, cfg, batch_size, length, decoded=0):
     """Bytes that a training step on the longest batch holds: four times the parameters, and what
-    the forward pass keeps; of a language model also the logits of `decoded` positions, their
-    softmax and its gradient
+    the forward pass keeps; of a language model also the logits of `decoded` positions, in whose
+    place their gradient comes
 
     Found from short sequences, one and two of them: a sample's own part grows with its length; the
     kernels, which a batch shares, may or may not.
@@ -257,8 +257,8 @@ def memory_estimate(params, cfg, batch_size, length, decoded=0):
     growth = max(0, shared - of_half) / max(1, short - half)
     kernels = shared + growth * (length - short)
     total = kernels + sample * batch_size * length / short
-    total += 2 * decoded * cfg.d_output * params["encoder.weight"].itemsize
-    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * total
+    logits = decoded * cfg.d_output * params["encoder.weight"].itemsize
+    return 4 * sum(p.nbytes for p in params.values()) + 1.5 * total + logits
 
 
 def _arrays(tree):

@@ -335,11 +335,26 @@ def _half_pairs(C):
 # Recurrent form
 
 
-def state(params, cfg, batch):
+def kernels(params, cfg, L):
+    """The block's long filter, causal, without the skip; beyond l_max by C~ for L, made anew.
+    -> k (1, D, L)"""
+    if 0 < cfg.l_max < L:
+        C = output_matrix(params, cfg.l_max)
+        params = params | {"C": truncated(params | {"C": C}, L).astype(params["C"].dtype)}
+        cfg = replace(cfg, l_max=L)
+    return impulse_response(params, cfg, L)[None]
+
+
+def state(params, cfg, batch, systems=None):
     """The block's state before the first step: x (B, D, N/2) zeros, and C (D, N/2), recovered from
-    C~ once.   Error: it is not causal; l_max=0"""
+    C~ once; or that of `systems`, which the kernel was converted to (ref.etsc).
+
+    Error: it is not causal; l_max=0
+    """
     if not cfg.causal:
         raise Error("bidirectional=True sees all of a sequence: no recurrent step.")
+    if systems:
+        return block.converted_state(systems, batch)
     if not cfg.l_max:
         raise Error("a recurrent step needs l_max, the length that C~ is made for.")
     C = ssm.as_complex(output_matrix(params, cfg.l_max).astype(params["C"].dtype)[0])
@@ -348,6 +363,8 @@ def state(params, cfg, batch):
 
 def operator_step(params, x_t, state, cfg):
     """(3) in O(N): I - Δ/2 A = M + Δ/2 P P^* with M diagonal.   x_t (B, D) -> y_t (B, D), state"""
+    if "systems" in state:
+        return block.converted_step(x_t, state, params["D"])
     x, (_, B, P, poles, dt) = state["x"], modes(params)
     B, P, poles, dt = (
         B.astype(x.dtype),
@@ -398,6 +415,11 @@ def recurrence_step(system, x_t, state):
 def step(params, x_t, state, cfg):
     """One time step of the block.   x_t (B, D) -> y_t (B, D), state"""
     return block.gelu_mixer_step(params, x_t, state, cfg, operator_step)
+
+
+def prefill(params, x, cfg, state):
+    """The block's forward over x (B, L, D), from a fresh state -> y (B, L, D), state after it"""
+    return block.gelu_mixer_prefill(params, x, state, cfg, operator_forward, operator_step)
 
 
 # Looking at it

@@ -256,16 +256,26 @@ def running_statistics(params, cache):
 # Recurrent form
 
 
-def state(params, cfg, batch):
-    """The block's state before the first step: (B, D, N/2) zeros.   Error: it is not causal"""
+def kernels(params, cfg, L):
+    """The block's long filter, causal, without the skip.   -> k (1, D, L)"""
+    return impulse_response(params, cfg, L)[None]
+
+
+def state(params, cfg, batch, systems=None):
+    """The block's state before the first step: (B, D, N/2) zeros, or that of `systems`, which the
+    kernel was converted to (ref.etsc).   Error: it is not causal"""
     if not cfg.causal:
         raise Error("bidirectional=True sees all of a sequence: no recurrent step.")
+    if systems:
+        return block.converted_state(systems, batch)
     C = ssm.as_complex(params["C"][0])
     return {"x": array_module(C).zeros((batch, *C.shape), dtype=C.dtype)}
 
 
 def operator_step(params, x_t, state, cfg):
     """(7).   x_t (B, D) -> y_t (B, D), state"""
+    if "systems" in state:
+        return block.converted_step(x_t, state, params["D"])
     z, c, _ = discretize_forward(*modes(params), cfg)
     factor, c = (a.astype(state["x"].dtype) for a in (array_module(z).exp(z), c[0]))
     x = factor * state["x"] + x_t[:, :, None]
@@ -275,6 +285,11 @@ def operator_step(params, x_t, state, cfg):
 def step(params, x_t, state, cfg):
     """One time step of the block.   x_t (B, D) -> y_t (B, D), state"""
     return block.gelu_mixer_step(params, x_t, state, cfg, operator_step)
+
+
+def prefill(params, x, cfg, state):
+    """The block's forward over x (B, L, D), from a fresh state -> y (B, L, D), state after it"""
+    return block.gelu_mixer_prefill(params, x, state, cfg, operator_forward, operator_step)
 
 
 # Looking at it

@@ -110,6 +110,17 @@ def hankel_singular_values(A, B, C):
     return xp.concatenate([values, xp.zeros((len(A), n - values.shape[1]))], axis=1)
 
 
+def finite_hankel_values(k):
+    """Of the Hankel matrix of a kernel's taps after the first, H_ij = k_{1+i+j}, zero beyond its
+    end.   k (D, L) -> (D, max(1, L-1)), descending"""
+    xp, n = array_module(k), k.shape[1] - 1
+    if n < 1:
+        return xp.zeros((len(k), 1), dtype="float64")
+    i = xp.arange(n)
+    k = xp.concatenate([k[:, 1:].astype("float64"), xp.zeros((len(k), n), dtype="float64")], axis=1)
+    return xp.linalg.svd(k[:, i[:, None] + i[None, :]], compute_uv=False)
+
+
 def _thinned(A, Z):
     """A square factor of [Z, A Z, A² Z, ...] times its adjoint.   A (D, n, n), Z (D, n, m)"""
     xp, n = array_module(A), A.shape[1]

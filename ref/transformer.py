@@ -86,25 +86,16 @@ def groups(cfg):
 
 def shapes(cfg, part):
     """name -> shape of a part's parameters"""
-    D, M = cfg.d_model, cfg.d_mlp or 4 * cfg.d_model
+    D = cfg.d_model
     attention = {"W_qkv": (3 * D, D), "b_qkv": (3 * D,), "W_o": (D, D), "b_o": (D,)}
     if part != "block":
         return attention
-    norms = {f"norm{i}_{kind}": (D,) for i in (1, 2) for kind in ("weight", "bias")}
-    return attention | norms | {"W_1": (M, D), "b_1": (M,), "W_2": (D, M), "b_2": (D,)}
+    return attention | block.mlp_block_shapes(D, cfg.d_mlp or 4 * D)
 
 
 def _init(cfg, part, rng, dtype):
-    """As GPT-2: W normal, deviation 0.02, of W_o and W_2 over sqrt(2 depth); biases zero"""
-    params = {}
-    for name, shape in shapes(cfg, part).items():
-        if name.startswith("W"):
-            deviation = 0.02 / (math.sqrt(2 * cfg.depth) if name in ("W_o", "W_2") else 1)
-            params[name] = (deviation * rng.standard_normal(shape)).astype(dtype)
-        else:
-            xp = array_module(params["W_qkv"])
-            params[name] = (xp.ones if "weight" in name else xp.zeros)(shape, dtype=dtype)
-    return params
+    """As GPT-2"""
+    return block.gpt2_init(shapes(cfg, part), cfg.depth, rng, dtype, last=("W_o", "W_2"))
 
 
 # Attention alone
@@ -255,23 +246,6 @@ def mixer_forward(params, x, cfg, rng=None, lengths=None):
 # Block
 
 
-def mlp_forward(params, x):
-    """linear D to M -> GELU -> linear M to D.   x (B, L, D) -> y (B, L, D)"""
-    a, up = nn.linear_forward(x, params["W_1"], params["b_1"])
-    a, gelu = nn.gelu_tanh_forward(a)
-    y, down = nn.linear_forward(a, params["W_2"], params["b_2"])
-    return y, (up, gelu, down)
-
-
-def mlp_backward(dy, cache):
-    """dy (B, L, D) -> dx, grads"""
-    up, gelu, down = cache
-    da, dW_2, db_2 = nn.linear_backward(dy, down)
-    da = nn.gelu_tanh_backward(da, gelu)
-    dx, dW_1, db_1 = nn.linear_backward(da, up)
-    return dx, {"W_1": dW_1, "b_1": db_1, "W_2": dW_2, "b_2": db_2}
-
-
 def block_init(cfg, rng, dtype="float32"):
     """Attention, MLP and both norms"""
     return _init(cfg, "block", rng, dtype)
@@ -280,29 +254,16 @@ def block_init(cfg, rng, dtype="float32"):
 def block_forward(params, x, cfg, rng=None, lengths=None):
     """(1) to (5), each branch with dropout.   x (B, L, D), lengths (B,) -> y (B, L, D)"""
     check_activations(x, cfg.d_model)
-    a, norm1 = nn.layer_norm_forward(x, params["norm1_weight"], params["norm1_bias"])
-    a, mixer = mixer_forward(params, a, cfg, rng, lengths)
-    a, drop1 = nn.dropout_forward(a, cfg.dropout, rng)
-    x = x + a
-    a, norm2 = nn.layer_norm_forward(x, params["norm2_weight"], params["norm2_bias"])
-    a, mlp = mlp_forward(params, a)
-    a, drop2 = nn.dropout_forward(a, cfg.dropout, rng)
-    return x + a, (norm1, mixer, drop1, norm2, mlp, drop2)
+
+    def mixer(params, x, cfg, rng):
+        return mixer_forward(params, x, cfg, rng, lengths)
+
+    return block.mlp_block_forward(params, x, cfg, mixer, rng)
 
 
 def block_backward(dy, cache):
     """dy (B, L, D) -> dx, grads"""
-    norm1, mixer, drop1, norm2, mlp, drop2 = cache
-    da = nn.dropout_backward(dy, drop2)
-    da, grads = mlp_backward(da, mlp)
-    da, dweight2, dbias2 = nn.layer_norm_backward(da, norm2)
-    dx = dy + da
-    da = nn.dropout_backward(dx, drop1)
-    da, mixer_grads = mixer_backward(da, mixer)
-    da, dweight1, dbias1 = nn.layer_norm_backward(da, norm1)
-    norms = {"norm1_weight": dweight1, "norm1_bias": dbias1}
-    norms |= {"norm2_weight": dweight2, "norm2_bias": dbias2}
-    return dx + da, grads | mixer_grads | norms
+    return block.mlp_block_backward(dy, cache, mixer_backward)
 
 
 def running_statistics(params, cache):
@@ -348,11 +309,7 @@ def _with_position(past, t, new):
 
 def step(params, x_t, state, cfg):
     """One time step of the block.   x_t (B, D) -> y_t (B, D), state"""
-    a, _ = nn.layer_norm_forward(x_t, params["norm1_weight"], params["norm1_bias"])
-    a, state = operator_step(params, a, state, cfg)
-    x_t = x_t + a
-    a, _ = nn.layer_norm_forward(x_t, params["norm2_weight"], params["norm2_bias"])
-    return x_t + mlp_forward(params, a)[0], state
+    return block.mlp_block_step(params, x_t, state, cfg, operator_step)
 
 
 # Looking at it

@@ -18,7 +18,7 @@ def poisoned_memory(monkeypatch):
         return x
 
     monkeypatch.setattr(backend, "empty", empty)
-    for name in ("nn", "hope", "longhorn", "mamba", "s4", "s4d", "transformer"):
+    for name in ("nn", "etsc", "hope", "longhorn", "mamba", "s4", "s4d", "transformer"):
         module = pytest.importorskip(f"ref.kernels.{name}")
         if hasattr(module, "empty"):
             monkeypatch.setattr(module, "empty", empty)

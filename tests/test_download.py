@@ -256,6 +256,16 @@ def test_a_set_is_downloaded_once_and_only_when_asked(server, tmp_path):
     assert len(server.asked) == 4
 
 
+def test_words_are_downloaded(server, tmp_path):
+    for split in ("train", "valid", "test"):
+        server.offer(f"ptb.{split}.txt", b" the cat \n the <unk> \n")
+    loaded = data.load("ptb", tmp_path, progress=False, max_length=2, download=True)
+    assert loaded.vocabulary == ("the", "<eos>", "cat", "<unk>")
+    assert len(list((tmp_path / "ptb").iterdir())) == len(server.asked) == 3
+    with pytest.raises(data.DataError, match=r"It is part of wikitext-2-v1\.zip"):
+        data.load("wikitext-2", tmp_path, progress=False, download=True)
+
+
 def archive(**members):
     """A tar.gz file of names with bytes, or with the TarInfo's type and target."""
     stream = io.BytesIO()
@@ -298,10 +308,10 @@ def test_an_archive_that_reaches_out_of_its_folder_is_refused(server, tmp_path, 
 
 
 def test_the_table_is_well_formed():
-    assert len(data.DOWNLOADS) == 7
+    assert len(data.DOWNLOADS) == 10
     for name, download in data.DOWNLOADS.items():
         assert download.url.startswith("https://")
         assert download.url.endswith("/" + name)
         assert re.fullmatch("[0-9a-f]{64}", download.sha256)
         assert download.size > 0
-    assert len({download.sha256 for download in data.DOWNLOADS.values()}) == 7
+    assert len({download.sha256 for download in data.DOWNLOADS.values()}) == 10

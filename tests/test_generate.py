@@ -167,14 +167,18 @@ def test_the_same_seed_the_same_tokens():
 
 def test_tokens_come_one_by_one(monkeypatch):
     params, cfg = small_network("s4d")
-    calls, step = [], network.step
-    monkeypatch.setattr(network, "step", lambda *args: calls.append(1) or step(*args))
+    calls = []
+    for name in ("prefill", "step"):
+        f = getattr(network, name)
+        monkeypatch.setattr(
+            network, name, lambda *args, f=f, name=name: calls.append(name) or f(*args)
+        )
     tokens = generate.sample(params, cfg, [1, 2, 3], 1000)
     assert not calls
     next(tokens)
-    assert len(calls) == 3
+    assert calls == ["prefill"]
     next(tokens)
-    assert len(calls) == 4
+    assert calls == ["prefill", "step"]
     assert len(list(generate.sample(params, cfg, [1], 0))) == 0
 
 
@@ -294,11 +298,41 @@ def test_an_empty_prompt_goes_on_from_a_line_s_end(ref, folder):
 
 def test_words_have_spaces_between(monkeypatch, capsys):
     params, cfg = small_network("s4d")
-    words = ["<eos>", *(f"w{i}" for i in range(10))]
+    words = [*(f"w{i}" for i in range(6)), "<eos>", *(f"w{i}" for i in range(6, 10))]
     monkeypatch.setattr(generate, "load", lambda run: (params, cfg, words))
     monkeypatch.setattr(backend, "set_threads", lambda threads: None)
-    generate.generate("run", "w3 w4", 6, 1.0, 0, 1.0, 0)
-    assert len(capsys.readouterr().out.rstrip("\n").split(" ")) == 8
+    generate.generate("run", "w3 w4", 60, 1.0, 0, 1.0, 0)
+    out = capsys.readouterr().out
+    start = generate.encode("w3 w4", words)
+    rng = np.random.default_rng(0)
+    tokens = [words[token] for token in generate.sample(params, cfg, start, 60, rng=rng)]
+    assert "<eos>" in tokens and len(set(tokens)) > 3
+    lines = " ".join(["w3 w4", *tokens]).split("<eos>")
+    assert out == "\n".join(line.strip() for line in lines) + "\n"
+
+
+def test_a_prompt_of_several_lines(monkeypatch, capsys):
+    words = ["<eos>", "<unk>", "the", "cat", *map(str, range(7))]
+    for prompt, ids in (
+        ("the cat\n", [2, 3, 0]),
+        ("the\n\ncat", [2, 0, 0, 3]),
+        ("\n", [0]),
+        ("the <eos> 3 ", [2, 0, 7]),
+    ):
+        assert generate.encode(prompt, words) == ids
+    assert generate.encode("the\ncat", words[1:]) == [1, 2], "no line ends: white space"
+    with pytest.raises(Error, match=r"word 'dog' is not among the 11 words .* Write <unk> for it"):
+        generate.encode("the dog", words)
+    shown = {"": "cat", "a": " cat", "\n": "cat", " ": "cat", " a": " cat"}
+    assert {before: generate._word("cat", before) for before in shown} == shown
+    assert generate._word("<eos>", " a") == generate._word("<eos>", "\n") == "\n"
+    params, cfg = small_network("s4d")
+    monkeypatch.setattr(generate, "load", lambda run: (params, cfg, words))
+    monkeypatch.setattr(backend, "set_threads", lambda threads: None)
+    for prompt in ("the cat\n", "the cat "):
+        generate.generate("run", prompt, 1, 1.0, 3, 1.0, 3)
+        out = capsys.readouterr().out
+        assert out[:8] == prompt and out[8] not in " " and out.endswith("\n")
 
 
 def test_no_tokens(ref, folder):

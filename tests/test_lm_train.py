@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from test_train import (
 
 import data as data_sets
 import train
-from ref import network, nn, presets
+from ref import generate, network, nn, presets
 from ref.files import read_tensors
 
 PROSE = "to be, or not to be: that is the question.\n" * 50
@@ -32,7 +33,11 @@ TINY = "--d-model 8 --n-layers 2 --batch-size 4 --warmup 5"
 SHORT = f"{TINY} --steps 14 --save-every 3 --eval-every 4 --log-every 5"
 TEXT = "--data shakespeare-char --max-length 32"
 START = f"--model s4d --d-state 4 --dropout 0.1 {TEXT} {SHORT}"
-CAUSAL = {"hope": "hope --d-state 4", "transformer": "transformer --n-heads 2"}
+CAUSAL = {
+    "hope": "hope --d-state 4",
+    "tnn": "tnn --rpe-dim 4",
+    "transformer": "transformer --n-heads 2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,9 @@ def call(folder, capsys, monkeypatch):
     def run(*arguments):
         given = words(arguments)
         capsys.readouterr()
-        code = train.main(given if "--resume" in given else [*given, "--data-dir", str(folder)])
+        if not {"--resume", "--data-dir"} & set(given):
+            given += ["--data-dir", str(folder)]
+        code = train.main(given)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -481,6 +488,85 @@ def test_a_longer_text_is_other_data(call, tmp_path, monkeypatch):
     (tmp_path / "input.txt").write_text(PROSE.replace("question", "answer"))
     code, _, err = call("--resume", tmp_path / "run")
     assert code == 1 and is_sentence(err) and "the data are not those of the run" in err
+
+
+# Words
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """A folder with small files of ptb; train has all of 600 words"""
+    folder, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
+    for split, lines in (("train", 80), ("valid", 20), ("test", 20)):
+        drawn = [f"w{i}" for i in range(600)] if split == "train" else []
+        drawn += [f"w{i}" for i in rng.zipf(1.5, 10 * lines - len(drawn)) % 600]
+        drawn = np.array(drawn)[rng.permutation(len(drawn))].reshape(lines, -1)
+        text = "".join(" ".join(line) + "\n" for line in drawn)
+        (folder / f"ptb.{split}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("protocol", data_sets.PROTOCOLS)
+@pytest.mark.parametrize("model", ["s4d", "mamba"])
+def test_words_are_trained_on(model, protocol, sentences, call, tmp_path):
+    out = tmp_path / "run"
+    start = f"--model {model} --d-state 4 --data ptb --max-length 8 {TINY} --steps 4 --log-every 1"
+    how = f"--eval-protocol {protocol} --eval-samples 12"
+    code, text, err = call(start, how, "--out", out, "--data-dir", sentences)
+    assert code == 0 and "bits" not in text, err
+    assert f"{model} on ptb (879 train, 219 valid, 219 test words in windows of 8; read" in text
+    assert "; 601 different words; not the release's files" in text
+    said = result(out)
+    unigram = said["loss_baselines"]["word frequencies"]
+    in_words = f"{unigram:.4f} (loss, perplexity {math.exp(unigram):.4g})\n"
+    assert f"word frequencies {in_words}" in text
+    line = f"    word frequencies, loss: {unigram:.4f}, perplexity {math.exp(unigram):.4g}\n"
+    assert line in text
+    assert said["test_perplexity"] == pytest.approx(math.exp(said["test_loss"]), rel=1e-12)
+    assert said["protocol"] == protocol and "test_bits_per_character" not in said
+    assert f"by the protocol {protocol}, windows of 8" in text and "on 12 of the " in text
+    _, _, vocabulary = generate.load(out)
+    assert len(vocabulary) == 601 and set(vocabulary) == {"<eos>", *(f"w{i}" for i in range(600))}
+    code, _, err = call("--resume", out, "--eval-lengths 4,16")
+    assert (code, err) == (0, "")
+    assert [row["length"] for row in lengths(out)["lengths"]] == [4, 16]
+
+
+def test_the_accuracy_of_a_step_is_that_of_its_logits(sentences, call, tmp_path):
+    """The loss takes the logits' place: what is right is counted before"""
+    start = f"--model s4d --d-state 4 --data ptb --max-length 8 {TINY} --steps 9 --log-every 1"
+    given = (start, "--lr 0.1 --warmup 1", "--data-dir", sentences)
+    assert call(*given, "--out", tmp_path / "run")[0] == 0
+    seen, forward = [], train.forward
+
+    def looked_at(*args):
+        logits, targets, cache = forward(*args)
+        seen.append(((logits.argmax(axis=-1) == targets).mean(), log_softmax(logits)))
+        return logits, targets, cache
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "forward", looked_at)
+        assert call(*given, "--out", tmp_path / "other")[0] == 0
+    logged = [line["accuracy"] for line in metrics(tmp_path / "other") if "accuracy" in line]
+    assert logged == [right for right, _ in seen[:9]] and max(logged) > 0.1
+    assert same(tmp_path / "run", tmp_path / "other")
+
+
+def test_a_large_vocabulary_s_run_holds_one_array_of_logits(call, tmp_path):
+    words = [f"v{i}" for i in range(6_000)]
+    (tmp_path / "ptb.train.txt").write_text(" ".join([*words, "<unk>"]) + "\n")
+    for split in ("valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text(" ".join(words[:4_000]) + "\n")
+    start = "--model s4d --d-state 4 --data ptb --max-length 64 --d-model 4 --n-layers 1 --warmup 1"
+    start += " --batch-size 64 --steps 3 --tied yes"
+    assert call(start, "--data-dir", tmp_path, "--out", tmp_path / "first")[0] == 0  # compiles
+    tracemalloc.start()
+    code, text, _ = call(start, "--data-dir", tmp_path, "--out", tmp_path / "second")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    logits = 4 * 64 * 64 * 6_002
+    estimate = 2**20 * float(text.partition("about ")[2].partition(" MiB")[0])
+    assert code == 0 and logits < peak < 1.5 * logits and logits < estimate < 1.5 * logits
 
 
 def test_help_names_what_is_new():

@@ -1,6 +1,8 @@
 """The layers of ref/nn.py and the blocks: derivatives, other forms of the same map, precision, odd
 input."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from conftest import error
@@ -118,6 +120,162 @@ def test_only_consume_logits_destroys_its_input():
     other, cache = nn.softmax_cross_entropy_forward(logits, targets, consume_logits=True)
     assert other == loss and (nn.softmax_cross_entropy_backward(1.0, cache) == kept).all()
     assert (logits != before).any()
+
+
+def cross_entropy_by_its_sums(logits, targets):
+    """-> loss, gradient, correct, one target after the other, in longer floats"""
+    rows, losses, correct = logits.reshape(-1, logits.shape[-1]).astype("longdouble"), [], []
+    gradient, counted = np.zeros(rows.shape), [t for t in targets.ravel() if t != -1]
+    for i, (row, target) in enumerate(zip(rows, targets.ravel(), strict=True)):
+        correct.append(target != -1 and row.tolist().index(max(row.tolist())) == target)
+        if target != -1:
+            p = np.exp(row - row.max())
+            losses.append(np.log(p.sum()) - (row - row.max())[target])
+            gradient[i] = (p / p.sum() - (np.arange(len(row)) == target)) / len(counted)
+    return sum(losses) / max(len(counted), 1), gradient.reshape(logits.shape), correct
+
+
+def cross_entropy(logits, targets, dloss=1.0, **options):
+    """-> loss, gradient, correct"""
+    loss, cache = nn.softmax_cross_entropy_forward(logits, targets, **options)
+    correct = nn.softmax_cross_entropy_correct(cache)
+    return loss, nn.softmax_cross_entropy_backward(dloss, cache), correct
+
+
+@pytest.mark.parametrize("V", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 1023, 1024, 1031, 2053])
+def test_cross_entropy_of_any_vocabulary(V, plain):
+    """Whole vectors and blocks of them, and what is left over"""
+    rng = np.random.default_rng(V)
+    logits = 3 * rng.standard_normal((3, 5, V))
+    targets = rng.integers(0, V, (3, 5))
+    targets[1, :2] = -1
+    targets[0] = logits[0].argmax(axis=-1)
+    for dtype, allowed in (("float64", 1e-14), ("float32", 2e-6)):
+        x = logits.astype(dtype)
+        x[2, 1], x[2, 2, : V // 2], x[2, 3, -1] = 0, -np.inf, 80
+        targets[2, 2] = V - 1
+        loss, gradient, correct = cross_entropy_by_its_sums(x, targets)
+        for run in (lambda f, *args, **options: f(*args, **options), plain):
+            for consume in (False, True):
+                given = x.copy()
+                found = run(cross_entropy, given, targets, consume_logits=consume)
+                assert found[0].dtype == found[1].dtype == dtype
+                assert abs(found[0] - loss) <= allowed * max(abs(loss), 1)
+                assert np.abs(found[1] - gradient).max() <= allowed / 13
+                assert found[2].shape == (3, 5) and found[2].ravel().tolist() == correct
+                assert not found[1][1, :2].any() and not found[2][1, :2].any()
+                assert (given is found[1]) == consume and (consume or (given == x).all())
+
+
+def test_a_consumed_gradient_is_scaled_in_a_copy():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((4, 5)), np.array([0, 1, -1, 4])
+    expected = cross_entropy(logits, targets)[1]
+    for dloss in (-2.0, 1.5, np.array(3.0)):
+        _, cache = nn.softmax_cross_entropy_forward(logits.copy(), targets, consume_logits=True)
+        scaled = nn.softmax_cross_entropy_backward(dloss, cache)
+        assert error(scaled, expected * float(dloss)) < 1e-15 and scaled is not cache[0]
+        assert (nn.softmax_cross_entropy_backward(1, cache) == expected).all()
+    _, cache = nn.softmax_cross_entropy_forward(logits, targets)
+    first = nn.softmax_cross_entropy_backward(1.0, cache)
+    first[:] = 0
+    assert (nn.softmax_cross_entropy_backward(1.0, cache) == expected).all()
+
+
+def test_cross_entropy_of_odd_memory_layouts(plain):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4, 6, 19))
+    targets = rng.integers(-1, 19, (4, 6))
+    expected = cross_entropy(logits, targets)
+    fixed = logits.copy()
+    fixed.flags.writeable = False
+    for odd in (np.asfortranarray(logits), np.repeat(logits, 2, axis=2)[..., ::2], fixed):
+        for which in (targets, targets.astype("int32"), np.asfortranarray(targets)):
+            for run in (lambda f, *args, **options: f(*args, **options), plain):
+                for consume in (False, True):
+                    found = run(cross_entropy, odd, which, consume_logits=consume)
+                    assert all(map(lambda a, b: error(a, b) < 1e-14, found[:2], expected[:2]))
+                    assert (found[2] == expected[2]).all() and (odd == logits).all()
+
+
+def test_the_first_of_equal_logits_is_the_guess(plain):
+    logits = np.zeros((4, 40))
+    logits[2:, [7, 33]] = 2
+    for run in (lambda f, *args: f(*args), plain):
+        correct = run(cross_entropy, logits, np.array([0, 39, 7, 33]))[2]
+        assert correct.tolist() == [True, False, True, False]
+
+
+def test_logits_that_are_no_numbers_are_a_loss_that_is_none(plain):
+    for run in (lambda f, *args: f(*args), plain):
+        for V in (3, 16, 35):
+            for at in (0, V - 1):
+                for bad in (np.nan, np.inf):
+                    logits = np.zeros((2, V))
+                    logits[1, at] = bad
+                    with np.errstate(invalid="ignore"):
+                        assert np.isnan(run(cross_entropy, logits, np.array([0, 1]))[0])
+                        loss, gradient, _ = run(cross_entropy, logits, np.array([0, -1]))
+                    assert abs(loss - np.log(V)) < 1e-14 and not gradient[1].any()
+        impossible = np.array([[0.0, -np.inf]])
+        with np.errstate(divide="ignore"):
+            loss, gradient, _ = run(cross_entropy, impossible, np.array([1]))
+        assert loss == np.inf and gradient.tolist() == [[1, -1]]
+
+
+def test_targets_that_are_no_class():
+    if backend.twins("softmax", np.zeros(1)) is None:
+        pytest.skip("NumPy's own IndexError")
+    for target in (5, -2, 2**40):
+        with pytest.raises(Error, match=f"target {target} is outside the 5 classes"):
+            nn.softmax_cross_entropy_forward(np.zeros((2, 5)), np.array([0, target]))
+
+
+def test_a_large_vocabulary_takes_one_array_of_logits(plain):
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((2048, 32)).astype("float32")
+    W = rng.standard_normal((10_000, 32)).astype("float32")
+    targets = rng.integers(-1, 10_000, 2048)
+
+    def step():
+        logits, cache = nn.linear_forward(h, W)
+        loss, loss_cache = nn.softmax_cross_entropy_forward(logits, targets, consume_logits=True)
+        nn.linear_backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
+        assert loss.dtype == "float32"
+
+    step()  # what compiling takes does not count
+    for run in (lambda f: f(), plain):
+        tracemalloc.start()
+        run(step)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 4 * 2048 * 10_000 <= peak < 1.25 * 4 * 2048 * 10_000
+
+
+def test_the_gradient_of_a_large_embedding(plain):
+    rng = np.random.default_rng(0)
+    dy = rng.standard_normal((3, 500, 8)).astype("float32")
+    tokens = rng.zipf(1.3, (3, 500)) % 33_278
+    expected = np.zeros((33_278, 8))
+    np.add.at(expected, tokens, dy)
+    for run in (lambda f, *args: f(*args), plain):
+        run(nn.embedding_backward, dy, (tokens, (33_278, 8)))
+        tracemalloc.start()
+        found = run(nn.embedding_backward, dy, (tokens, (33_278, 8)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found.dtype == "float32" and error(found, expected) < 1e-5 and peak < 1 << 25
+
+
+def test_a_sum_over_a_large_vocabulary_keeps_float32():
+    """Terms of one size, whose sum in float32 would lose three digits"""
+    V = 267_735
+    logits = np.full((1, V), 0.1, "float32")
+    logits[0, ::2] = -0.7
+    loss, gradient, _ = cross_entropy(logits, np.array([0]))
+    exact, expected, _ = cross_entropy_by_its_sums(logits, np.array([0]))
+    assert abs(loss / exact - 1) < 1e-7
+    assert np.abs(gradient / expected - 1).max() < 3e-7
 
 
 def test_batch_norm_running_statistics():

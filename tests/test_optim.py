@@ -34,6 +34,14 @@ def test_twin_is_the_readable_form(plain):
         assert all(error(a[n], b[n]) < allowed and a[n].dtype == dtype for n in a)
 
 
+def test_the_norm_of_gradients_of_any_size_and_layout():
+    rng = np.random.default_rng(0)
+    large = rng.standard_normal((1100, 1000)).astype("float32")
+    grads = {"large": large, "odd": large[:7, ::2].T, "one": np.float32([[3]])}
+    exact = math.sqrt(sum((g.astype("longdouble") ** 2).sum() for g in grads.values()))
+    assert optim.gradient_norm(grads) == pytest.approx(exact, rel=1e-14)
+
+
 def test_any_memory_layout_is_updated_in_place():
     rng = np.random.default_rng(0)
     straight, g = rng.standard_normal((2, 5, 7))

@@ -3,6 +3,9 @@
 transformers casts to float32 within (norms, A, dt_bias, B, x, the logits), so that in float64 it
 comes no closer than float32 does: 5e-7. mamba.py casts A_log and D alone: with numbers that survive
 this (see exact_A_log) its outputs are float64 throughout, and the gradients but for those two.
+
+And TNN against its authors' tnn-pytorch, which casts nothing. What PyPI has under this name (0.0.0
+to 0.0.5) is empty, without a module: the code is that of github.com/Doraemonzzz/tnn-pytorch.
 """
 
 import importlib
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import error
 
-from ref import checkpoints, files, mamba, network
+from ref import checkpoints, files, mamba, network, tnn
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra `peers`)")
 
@@ -241,3 +244,94 @@ def test_its_parallel_scan_is_the_recurrence(mambapy, length):
     assert error(y, expected.detach().numpy()) < 1e-13
     for name, g, e in zip(["x", "delta", "A", "B", "C", "D"], grads, expected_grads, strict=True):
         assert error(g, e.numpy()) < 1e-12, name
+
+
+# tnn-pytorch
+
+
+@pytest.fixture
+def tnn_pytorch():
+    """The package, made and run in float64: it makes its positions in the default precision"""
+    package = pytest.importorskip(
+        "tnn_pytorch", reason="tnn_pytorch is not installed: PyPI's is empty, GitHub's has the code"
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield package
+    torch.set_default_dtype(before)
+
+
+def against_the_module(part, cfg, module, call, width):
+    """Our part against their module with our parameters: output and every gradient"""
+    rng = np.random.default_rng(0)
+    params = getattr(tnn, f"{part}_init")(cfg, rng, "float64")
+    params = {n: p + 0.1 * np.abs(rng.standard_normal(p.shape)) for n, p in params.items()}
+    x, dy = rng.standard_normal((2, B, L, width))
+    y, cache = getattr(tnn, f"{part}_forward")(params, x, cfg)
+    dx, grads = getattr(tnn, f"{part}_backward")(dy, cache)
+    grads = tnn.to_published(grads, cfg, part)
+    tensors = tnn.to_published(params, cfg, part)
+    module.load_state_dict({name: torch.tensor(t) for name, t in tensors.items()})
+    own = torch.tensor(x, requires_grad=True)
+    expected = call(own)
+    expected.backward(torch.tensor(dy))
+    assert error(y, expected.detach().numpy()) < 1e-13
+    assert error(dx, own.grad.numpy()) < 1e-13
+    trained = {name: p.grad.numpy() for name, p in module.named_parameters() if p.requires_grad}
+    assert grads.keys() == trained.keys()
+    for name, g in trained.items():
+        assert error(grads[name], g) < 1e-12, name
+
+
+TOEPLITZ = [
+    {},
+    {"causal": True, "use_decay": True, "gamma": 0.9, "layers": 0},
+    {"use_decay": True, "gamma": 0.99, "residual": True, "layers": 1},
+    {"causal": True, "use_multi_decay": True, "gamma": 0.7, "act_type": "relu"},
+    {"use_multi_decay": True, "gamma": 0.5, "act": "gelu", "act_type": "silu"},
+    {"causal": True, "par_type": 2, "act": "silu", "act_type": "gelu"},
+    {"par_type": 2, "use_decay": True, "act": "none", "act_type": "exp"},
+    {"causal": True, "par_type": 3, "residual": True, "act_type": "sigmoid"},
+    {"causal": True, "par_type": 3, "use_multi_decay": True, "gamma": 0.9, "act_type": "elu"},
+    {"causal": True, "use_decay": True, "act_type": "1+elu"},
+    {"act_type": "2+elu"},
+    {"use_decay": True, "act_type": "leak"},
+]
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("settings", TOEPLITZ, ids=str)
+def test_tnn_is_what_its_authors_published(tnn_pytorch, settings, heads):
+    E, r = 6, 7
+    module = tnn_pytorch.Tno(h=heads, dim=E // heads, rpe_dim=r, **settings)
+    names = {"act": "rpe_act", "layers": "rpe_layers"}
+    own = {names.get(name, name): value for name, value in settings.items() if name != "causal"}
+    own |= {"bidirectional": not settings.get("causal", False), "num_heads": heads, "rpe_dim": r}
+
+    def operator(x):
+        x = x.reshape(B, L, heads, -1).transpose(1, 2)
+        return module(x).transpose(1, 2).reshape(B, L, E)
+
+    cfg = tnn.Config(d_model=E, expand_ratio=1.0, **own)
+    against_the_module("operator", cfg, module, operator, E)
+    module = tnn_pytorch.Gtu(
+        embed_dim=5,
+        num_heads=heads,
+        rpe_embedding=r,
+        expand_ratio=2.5,
+        **{{"act": "rpe_act", "layers": "rpe_layers"}.get(n, n): v for n, v in settings.items()},
+    )
+    cfg = tnn.Config(d_model=5, expand_ratio=2.5, **own)
+    assert cfg.width == 12
+    against_the_module("mixer", cfg, module, module, 5)
+
+
+@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_layer_of_tnn_is_what_its_authors_published(tnn_pytorch, causal, prenorm):
+    own = dict(prenorm=prenorm, use_decay=True, gamma=0.8, expand_ratio=3, rpe_layers=2)
+    module = tnn_pytorch.TnnLayer(
+        dim=5, num_heads=1, rpe_embedding=7, glu_dim=4, causal=causal, **own
+    )
+    cfg = tnn.Config(d_model=5, rpe_dim=7, glu_dim=4, bidirectional=not causal, **own)
+    against_the_module("block", cfg, module, module, 5)

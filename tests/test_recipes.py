@@ -84,13 +84,15 @@ def call(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("data", ["smnist", "smnist-noise", "lra-retrieval", "lra-listops"])
 @pytest.mark.parametrize("model", network.MODELS)
 def test_every_model_trains_on_every_kind(model, data, call, folder, tmp_path):
-    heads = ("--n-heads", "2") if model == "transformer" else ("--d-state", "4")
-    start = ("--model", model, "--data", data, "--data-dir", folder, *TINY, "--steps", 3, *heads)
+    own = {"transformer": ("--n-heads", "2"), "tnn": ("--rpe-dim", "4")}
+    own["hyena"] = ("--filter-order", "4")
+    own = own.get(model, ("--d-state", "4"))
+    start = ("--model", model, "--data", data, "--data-dir", folder, *TINY, "--steps", 3, *own)
     code, text = call(*start, "--out", tmp_path / "run")
     assert code == 0 and "test accuracy" in text, text
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     longest = {"smnist": 784, "smnist-noise": 1568, "lra-retrieval": 1024, "lra-listops": 2048}
-    if model == "s4":
+    if model in ("s4", "hyena"):
         assert config["layer"]["l_max"] == longest[data]
     if model == "transformer":
         assert config["layer"]["context"] == longest[data] and config["layer"]["depth"] == 2

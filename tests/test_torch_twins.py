@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ref import Error, backend, bench, hope, longhorn, mamba, s4, s4d, transformer
+from ref import Error, backend, bench, hope, hyena, longhorn, mamba, s4, s4d, tnn, transformer
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra `peers`)")
 import torch_twins as twins  # noqa: E402
@@ -229,6 +229,77 @@ def test_layers_of_the_scans(module, form, dtype, bound, part):
 
     found = by_autograd(run, params | {"x": x}, dy)
     compare(found, {"y": y, "dx": dx} | {f"d{n}": g for n, g in grads.items()}, bound)
+
+
+@pytest.mark.parametrize("part", ["operator", "mixer"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(order=3, emb_dim=5, num_inner_mlps=1, shift=0.05),
+        dict(order=4, short_filter_order=4, num_inner_mlps=0),
+        dict(recurrence="residual", order=1),
+        dict(recurrence="residual", filter="gated", block="bare"),
+        dict(filter="gated", order=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-10), ("float32", 2e-5)])
+def test_hyena(settings, part, dtype, bound):
+    rng = np.random.default_rng(0)
+    cfg = hyena.Config(d_model=6, l_max=23, filter_order=9, w=3.0, **settings)
+    params = getattr(hyena, f"{part}_init")(cfg, rng, dtype)
+    form = {"recurrence": cfg.recurrence, "shift": cfg.shift}
+    # of one tap the norm leaves its sign, and of its gradient what float32 rounds away
+    lengths = (2, 19, 23) if cfg.filter == "gated" and dtype == "float32" else (1, 2, 19, 23)
+    for L in lengths:
+        x = rng.standard_normal((2, L, hyena.operator_width(cfg) if part == "operator" else 6))
+        x, dy = x.astype(dtype), rng.standard_normal((2, L, 6)).astype(dtype)
+        y, cache = getattr(hyena, f"{part}_forward")(params, x, cfg)
+        dx, grads = getattr(hyena, f"{part}_backward")(dy, cache)
+
+        def run(inputs, constants=params):
+            p = {n: torch.from_numpy(a) for n, a in constants.items()} | inputs
+            return getattr(twins, f"hyena_{part}")(p, inputs["x"].mT, **form).mT
+
+        trained = {n: p for n, p in params.items() if n not in hyena.buffers(cfg)}
+        found = by_autograd(run, trained | {"x": x}, dy)
+        compare(found, {"y": y, "dx": dx} | {f"d{n}": g for n, g in grads.items()}, bound)
+
+
+@pytest.mark.parametrize("part", ["operator", "mixer"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(use_decay=True, gamma=0.9, rpe_layers=0),
+        dict(use_multi_decay=True, gamma=0.6),
+        dict(bidirectional=True),
+        dict(bidirectional=True, use_multi_decay=True, gamma=0.8, rpe_layers=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-10), ("float32", 2e-5)])
+def test_tnn(settings, part, dtype, bound):
+    rng = np.random.default_rng(0)
+    cfg = tnn.Config(d_model=5, expand_ratio=1.5, rpe_dim=6, **settings)
+    params = getattr(tnn, f"{part}_init")(cfg, rng, dtype)
+    form = {"causal": cfg.causal, "least": cfg.gamma if cfg.use_multi_decay else None}
+    width = cfg.width if part == "operator" else 5
+    for L in (1, 2, 23):
+        x, dy = rng.standard_normal((2, 3, L, width)).astype(dtype)
+        y, cache = getattr(tnn, f"{part}_forward")(params, x, cfg)
+        dx, grads = getattr(tnn, f"{part}_backward")(dy, cache)
+        trained = {name: params[name] for name in grads}
+        constants = {name: torch.tensor(params[name]) for name in tnn.buffers(cfg)}
+
+        def run(inputs, constants=constants):
+            p = dict(inputs) | constants
+            return getattr(twins, f"tnn_{part}")(p, p.pop("x").mT, **form).mT
+
+        found = by_autograd(run, trained | {"x": x}, dy)
+        expected = {"y": y, "dx": dx} | {f"d{name}": g for name, g in grads.items()}
+        compare(found, expected, bound)
 
 
 @pytest.mark.parametrize("model", bench.BENCHES)

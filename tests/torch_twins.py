@@ -274,6 +274,87 @@ class S4Recomputed(torch.autograd.Function):
 S4_FORMS = {"materialised": s4_materialised, "recomputed": S4Recomputed.apply}
 
 
+# Hyena, of order O: B (F, D), x_0 .. x_{O-1} and v side by side
+
+
+def hyena_filters(p, L, shift=0.0):
+    """Implicit filters, or, where there are h and W_g, gated ones.   -> k (F, D, L)"""
+    if "h" in p:
+        h = p["h"][:, :, :L]
+        h = h * torch.sigmoid(p["W_g"] @ h + p["b_g"][:, None])
+        return h / (h.abs().sum(dim=2, keepdim=True) + 1e-6)
+    s, i = p["z"][:L], 0
+    while f"c_{i}" in p:
+        s = torch.sin(p["freq"] * functional.linear(s, p[f"F_{i}"], p[f"c_{i}"]))
+        i += 1
+    window = torch.exp(-p["t"][:L, None] * p["deltas"].abs()) + shift
+    return (functional.linear(s, p[f"F_{i}"]) * window).T.unflatten(0, p["B"].shape)
+
+
+def hyena_operator(p, x, recurrence="standard", shift=0.0):
+    """x (B, (O+1) D, L) -> y (B, D, L)"""
+    *gates, v = x.split(p["B"].shape[1], dim=1)
+    filters = zip(hyena_filters(p, x.shape[2], shift), p["B"][:, :, None], strict=True)
+    if recurrence == "residual":
+        for gate, (k, b) in zip(gates, filters, strict=True):
+            v = v + gate * (convolution(v, k[None]) + b * v)
+        return v
+    for gate, (k, b) in zip(gates[:0:-1], filters, strict=True):
+        v = v * gate
+        v = convolution(v, k[None]) + b * v
+    return v * gates[0]
+
+
+def hyena_mixer(p, x, **form):
+    """x (B, D, L) -> y (B, D, L)"""
+    L, (C, _, K) = x.shape[2], p["conv_weight"].shape
+    x = functional.conv1d(x, p["W_in"][:, :, None], p["b_in"])
+    x = functional.conv1d(x, p["conv_weight"], p["conv_bias"], padding=K - 1, groups=C)[:, :, :L]
+    y = hyena_operator(p, x, **form)
+    return functional.conv1d(y, p["W_out"][:, :, None], p["b_out"])
+
+
+# TNN, its RPE with relu and without residual; λ for a learned decay, where gamma is g
+
+
+def simple_norm(x):
+    """x (..., D) -> x / (|x| / sqrt(D) + 1e-8)"""
+    return x / (x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + 1e-8)
+
+
+def tnn_coefficients(p, lags, least=None):
+    """γ^|k| RPE(k).   lags (n,), least: λ -> t (E, n)"""
+    h = functional.linear(lags[:, None], p["W_p"], p["b_p"])
+    layers = zip(p.get("W_r", ()), p.get("b_r", ()), strict=True)
+    for W, b in (*layers, (p["W_t"], p["b_t"])):
+        h = functional.linear(functional.relu(simple_norm(h)), W, b)
+    if "gamma" in p:
+        gamma = p["gamma"] if least is None else least + (1 - least) * p["gamma"].sigmoid()
+        h = h * gamma ** lags.abs()[:, None]
+    return h.T
+
+
+def tnn_operator(p, x, causal=True, least=None):
+    """x (B, E, L) -> y (B, E, L); in both directions t_{-k} stands at 2L - k"""
+    L = x.shape[2]
+    lags = torch.arange(L, dtype=x.dtype, device=x.device)
+    t = tnn_coefficients(p, lags, least)
+    if not causal:
+        before = tnn_coefficients(p, lags[1:].flip(0).neg(), least)
+        t = torch.cat([t, t[:, :1], before], dim=1)
+    return torch.fft.irfft(torch.fft.rfft(x, 2 * L) * torch.fft.rfft(t, 2 * L), 2 * L)[:, :, :L]
+
+
+def tnn_mixer(p, x, **form):
+    """x (B, D, L) -> y (B, D, L)"""
+    u, v = (
+        functional.silu(functional.conv1d(x, p[f"W_{name}"][:, :, None], p[f"b_{name}"]))
+        for name in "uv"
+    )
+    y = u * tnn_operator(p, v, **form)
+    return functional.conv1d(y, p["W_o"][:, :, None], p["b_o"])
+
+
 # Transformer
 
 
