@@ -64,6 +64,9 @@ def _conversion_options(command):
     """How long convolutions are converted"""
     for option in (
         click.option(
+            "--dtype", type=click.Choice(["float32", "float64"]), help="To compute in. [as trained]"
+        ),
+        click.option(
             "--hankel",
             type=click.Choice(["triangle", "rectangle"]),
             help="hankel: the matrix that is reduced. rectangle: closest over the horizon; "
@@ -271,7 +274,7 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method, **how
     from ref import generate
 
     how = _given(how)
-    if how and method not in ("exact", "hankel"):
+    if how.keys() - {"dtype"} and method not in ("exact", "hankel"):
         raise click.UsageError(
             "--horizon, --rank, --tol and --hankel are for --method exact or hankel."
         )

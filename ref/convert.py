@@ -74,7 +74,7 @@ def horizon(state):
 # The command
 
 
-def convert(run, method, horizon, output, **how):
+def convert(run, method, horizon, output, dtype=None, **how):
     """`python -m ref convert`: print what each filter of a run's language model becomes, what that
     costs, and how far the converted network is from the convolution; with output write the systems
 
@@ -82,7 +82,7 @@ def convert(run, method, horizon, output, **how):
     """
     from ref import generate  # it imports this module
 
-    params, cfg, vocabulary = generate.load(run)
+    params, cfg, vocabulary = generate.load(run, dtype)
     if horizon is None:
         horizon = presets.read_settings(run / "config.json")["max_length"]
     layers = systems(params, cfg, method, horizon, **how)

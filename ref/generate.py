@@ -14,7 +14,9 @@ LINE_END = "<eos>"  # in a vocabulary of words
 STARTS = ("\n", LINE_END)  # what an empty prompt is taken for, if the vocabulary has it
 
 
-def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method="auto", **how):
+def generate(
+    run, prompt, tokens, temperature, top_k, top_p, seed, method="auto", dtype=None, **how
+):
     """`python -m ref generate`: print the prompt and its continuation as it comes; the speed goes
     to stderr. Ctrl-C ends it.   method, how: of convert.for_decoding; or "convolution"
 
@@ -22,7 +24,7 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method="auto"
     convert.for_decoding
     """
     backend.set_threads(1)  # one token's work is too small to be shared out
-    params, cfg, vocabulary = load(run)
+    params, cfg, vocabulary = load(run, dtype)
     start = encode(prompt, vocabulary)
     rng = np.random.default_rng(seed)
     recompute, systems = method == "convolution", None
@@ -49,8 +51,10 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method="auto"
     )
 
 
-def load(run):
+def load(run, dtype=None):
     """-> params, network.Config and vocabulary (a list of texts) of a run's language model
+
+    dtype: of the params; None: as trained
 
     Error: no such run, one of another kind, a damaged one
     """
@@ -68,7 +72,7 @@ def load(run):
     cfg = presets.network_config(settings, layer, "lm", len(vocabulary), len(vocabulary))
     params = network.init(cfg, np.random.default_rng(0), settings["dtype"])
     params, _, _ = runs.load_checkpoint(run / "checkpoint.safetensors", params)
-    return params, cfg, vocabulary
+    return {name: p.astype(dtype or p.dtype) for name, p in params.items()}, cfg, vocabulary
 
 
 def _word(word, before):

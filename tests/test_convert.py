@@ -244,6 +244,14 @@ def test_convert_reduces(ref, folder):
     assert float(one.splitlines()[3].split()[4]) <= 0.5
 
 
+def test_in_float64(ref, folder):
+    out, _ = ref("convert", folder / "tnn", "--dtype", "float64")
+    [said] = [line for line in out.splitlines() if line.startswith("logits of 64 random tokens")]
+    assert float(said.split("at most ")[1].split()[0]) < 1e-11 and said.endswith("(float64)")
+    text = "generate", folder / "mamba", "--tokens", 9, "--temperature", 0, "--dtype", "float64"
+    assert len(ref(*text)[0]) == 10
+
+
 @pytest.mark.parametrize("model", LONG)
 def test_generate_by_every_method(ref, folder, model):
     start = "generate", folder / model, "--prompt", "to be", "--tokens", 40, "--temperature", 0

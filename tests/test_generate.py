@@ -299,7 +299,7 @@ def test_an_empty_prompt_goes_on_from_a_line_s_end(ref, folder):
 def test_words_have_spaces_between(monkeypatch, capsys):
     params, cfg = small_network("s4d")
     words = [*(f"w{i}" for i in range(6)), "<eos>", *(f"w{i}" for i in range(6, 10))]
-    monkeypatch.setattr(generate, "load", lambda run: (params, cfg, words))
+    monkeypatch.setattr(generate, "load", lambda run, dtype: (params, cfg, words))
     monkeypatch.setattr(backend, "set_threads", lambda threads: None)
     generate.generate("run", "w3 w4", 60, 1.0, 0, 1.0, 0)
     out = capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_a_prompt_of_several_lines(monkeypatch, capsys):
     assert {before: generate._word("cat", before) for before in shown} == shown
     assert generate._word("<eos>", " a") == generate._word("<eos>", "\n") == "\n"
     params, cfg = small_network("s4d")
-    monkeypatch.setattr(generate, "load", lambda run: (params, cfg, words))
+    monkeypatch.setattr(generate, "load", lambda run, dtype: (params, cfg, words))
     monkeypatch.setattr(backend, "set_threads", lambda threads: None)
     for prompt in ("the cat\n", "the cat "):
         generate.generate("run", prompt, 1, 1.0, 3, 1.0, 3)
