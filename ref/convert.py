@@ -90,6 +90,7 @@ def convert(run, method, horizon, output, dtype=None, **how):
     print(f"{run}: {cfg.model}, {cfg.n_layers} layers, {total:,} parameters, {method}")
     for line in table(layers):
         print(line)
+    backend.set_threads(1)  # one token's work is too small to be shared out
     for line in whole(params, cfg, layers, len(vocabulary)):
         print(line)
     if output is not None:

@@ -289,7 +289,9 @@ def fit(t, lam, a, reflected, dtype, refit):
         pairs = lam.imag > 0
         columns = np.concatenate([table.real, -table.imag[:, pairs]], axis=1)
         scale = np.sqrt((columns * columns).sum(axis=0))
-        x = np.linalg.lstsq(columns / scale, h, rcond=10 * np.finfo(dtype).eps)[0] / scale
+        rounding = np.finfo(dtype).eps * np.eye(len(scale))  # of x, counted as an error like others
+        system = np.concatenate([columns / scale, rounding])
+        x = np.linalg.lstsq(system, np.append(h, 0 * scale), rcond=None)[0] / scale
         a = x[: len(lam)] + 0j
         a[pairs] += 1j * x[len(lam) :]
     b = (a / lam).astype(complex_dtype(dtype))
