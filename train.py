@@ -256,7 +256,7 @@ def evaluated(split, data, recipe):
 def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
     """Evaluate a language model at other windows than its training's; -> what lengths.json says
 
-    Error: a window that its positions or its data are too short for
+    Error: a window that its positions, filters or data are too short for
     """
     if not data.window:
         raise Error(f"--eval-lengths is for language models, and {data.name} has samples.")
@@ -265,6 +265,7 @@ def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
             f"--eval-lengths {max(lengths)}: the network has {cfg.positions} learned positions, "
             "and none beyond."
         )
+    network.stretch(params, cfg, max(lengths))  # or its Error, before anything is computed
     of_length = {length: data_sets.windowed(data, length) for length in lengths}
     print("   length    loss  perplexity  accuracy")
     rows = []
@@ -275,37 +276,15 @@ def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
             batch_size=max(1, int(recipe.batch_size * times)),
             eval_samples=math.ceil(recipe.eval_samples * times),
         )
-        stretched, longer = stretch(params, cfg, length)
+        stretched, longer = network.stretch(params, cfg, length)
         loss, accuracy = evaluate(stretched, longer, data.test, windows, own)
         rows.append({"length": length, "loss": loss, "accuracy": accuracy})
         rows[-1] |= text_scores(loss, data)
-        print(f"{length:9,} {loss:7.4f} {rows[-1]['perplexity']:11.4g} {accuracy:9.4f}")
+        print(f"{length:9,} {loss:7.4f} {four_digits(rows[-1]['perplexity']):>11} {accuracy:9.4f}")
     result = {"protocol": recipe.eval_protocol, "trained": data.window, "step": state["step"]}
     result["lengths"] = rows
     write_json(out / "lengths.json", result)
     return result
-
-
-def stretch(params, cfg, length):
-    """The same network for a longer window: S4's C~ belongs to a length.   -> params, cfg
-
-    Error: Hyena's filters end before that
-    """
-    model, longest = network.model_module(cfg.model), getattr(cfg.layer, "l_max", 0)
-    if hasattr(model, "BOUNDED") and longest < length:
-        raise Error(
-            f"--eval-lengths {length}: {cfg.model}'s filters are defined for l_max={longest} "
-            "positions, and none beyond."
-        )
-    while hasattr(model, "double_length") and 0 < cfg.layer.l_max < length:
-        layers = [
-            model.double_length(network.layer_params(params, i), cfg.layer)
-            for i in range(cfg.n_layers)
-        ]
-        stack = backend.array_module(params["encoder.weight"]).stack
-        params = params | {"blocks.C": stack([own["C"] for own, _ in layers])}
-        cfg = replace(cfg, layer=layers[0][1])
-    return params, cfg
 
 
 def text_scores(loss, data):
@@ -318,8 +297,16 @@ def text_scores(loss, data):
 
 def said(loss, data):
     """The same in words"""
-    words = {"perplexity": "perplexity {:.4g}", "bits_per_character": "{:.4f} bits per character"}
-    return "".join(", " + words[n].format(v) for n, v in text_scores(loss, data).items())
+    scores = text_scores(loss, data)
+    words = [f"perplexity {four_digits(scores['perplexity'])}"] if "perplexity" in scores else []
+    if "bits_per_character" in scores:
+        words.append(f"{scores['bits_per_character']:.4f} bits per character")
+    return "".join(", " + word for word in words)
+
+
+def four_digits(x):
+    """A number as 12.34 or 123.4, from 1,000 on as 12,345"""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
 
 
 def report(test, data, recipe, state):

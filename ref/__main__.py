@@ -72,7 +72,11 @@ def _conversion_options(command):
             help="hankel: the matrix that is reduced. rectangle: closest over the horizon; "
             "triangle: with a proven bound. [rectangle]",
         ),
-        click.option("--tol", type=click.FloatRange(0), help="hankel: the least rank so exact."),
+        click.option(
+            "--tol",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="hankel: the least rank with this relative error in every channel.",
+        ),
         click.option("--rank", type=click.IntRange(1), help="hankel: real states a channel. [32]"),
         click.option(
             "--horizon",
@@ -83,6 +87,14 @@ def _conversion_options(command):
     ):
         command = option(command)
     return command
+
+
+def _check_method(method, how):
+    """UsageError for an option that a method of conversion does not take"""
+    taken = {"hankel": ("rank", "tol", "hankel"), "adam": ("rank",)}.get(method, ())
+    for name in ("rank", "tol", "hankel"):
+        if name in how and name not in taken:
+            raise click.UsageError(f"--{name} is not for --method {method}, but for hankel.")
 
 
 model_option = click.option(
@@ -267,17 +279,17 @@ def plot(run, models, what, length, seed, output, **settings):
 def generate(run, prompt, tokens, temperature, top_k, top_p, seed, method, **how):
     """Print text from the language model of a RUN: a prompt and what it goes on with, as it comes.
 
-    A token costs the same time and memory however long the text is. Ctrl-C ends it.
+    A token costs the same time and memory however long the text is (but for --method convolution).
+    Ctrl-C ends it.
 
     Example: python -m ref generate runs/mamba-shakespeare-char-0 --prompt "ROMEO:" --top-p 0.9
     """
     from ref import generate
 
     how = _given(how)
-    if how.keys() - {"dtype"} and method not in ("exact", "hankel"):
-        raise click.UsageError(
-            "--horizon, --rank, --tol and --hankel are for --method exact or hankel."
-        )
+    if "horizon" in how and method not in ("exact", "hankel"):
+        raise click.UsageError("--horizon is for --method exact or hankel.")
+    _check_method(method, how)
     generate.generate(run, prompt, tokens, temperature, top_k, top_p, seed, method, **how)
 
 
@@ -300,7 +312,9 @@ def convert(run, method, horizon, output, **how):
     """
     from ref import convert
 
-    convert.convert(run, method, horizon, output, **_given(how))
+    how = _given(how)
+    _check_method(method, how)
+    convert.convert(run, method, horizon, output, **how)
 
 
 @main.command()

@@ -37,7 +37,7 @@ def systems(params, cfg, method="exact", horizon=None, **how):
 
 def layer_systems(model, params, layer, method, horizon, **how):
     """The etsc.System of each long filter of one block; model is its module"""
-    if not layer.causal:
+    if getattr(layer, "bidirectional", False):
         raise Error("bidirectional=True sees all of a sequence: it has no recurrent form.")
     gamma = None
     if hasattr(model, "coefficients"):
@@ -90,12 +90,12 @@ def convert(run, method, horizon, output, dtype=None, **how):
     print(f"{run}: {cfg.model}, {cfg.n_layers} layers, {total:,} parameters, {method}")
     for line in table(layers):
         print(line)
-    backend.set_threads(1)  # one token's work is too small to be shared out
-    for line in whole(params, cfg, layers, len(vocabulary)):
-        print(line)
     if output is not None:
         write(output, layers)
         print(output)
+    backend.set_threads(1)  # one token's work is too small to be shared out
+    for line in whole(params, cfg, layers, len(vocabulary)):
+        print(line)
 
 
 COLUMNS = (
@@ -149,17 +149,17 @@ def _cells(system):
 
 def whole(params, cfg, layers, vocabulary):
     """Lines of text: the converted network's logits beside the convolution's, and its speed"""
-    L = min(PROBE, *(system.horizon for filters in layers for system in filters))
-    if cfg.positions:
-        L = min(L, cfg.positions)
-    x = np.random.default_rng(0).integers(0, vocabulary, (1, L))
-    expected, _ = network.forward(params, x, cfg)
+    horizon = min(system.horizon for filters in layers for system in filters)
+    horizon = min(horizon, cfg.positions or horizon)
+    x, L = np.random.default_rng(0).integers(0, vocabulary, (1, horizon)), min(PROBE, horizon)
+    longer, longer_cfg = network.stretch(params, cfg, horizon)
+    expected, _ = network.forward(longer, x, longer_cfg, where=np.arange(horizon)[None] < L)
     state, worst, times = network.state(params, cfg, 1, layers), 0.0, []
     for t in range(L):
         began = time.perf_counter()
         y, state = network.step(params, x[:, t], state, cfg)
         times.append(time.perf_counter() - began)
-        worst = max(worst, float(np.abs(y - expected[:, t]).max()))
+        worst = max(worst, float(np.abs(y - expected[t]).max()))
     worst /= float(np.abs(expected).max())
     precision = params["encoder.weight"].dtype
     yield (

@@ -32,7 +32,8 @@ def generate(
         systems = convert.for_decoding(params, cfg, method, len(start) + tokens - 1, **how)
     chosen = temperature, top_k, top_p, rng, systems, recompute
     continuation = sample(params, cfg, start, tokens, *chosen)
-    network.step(params, np.array(start[:1]), network.state(params, cfg, 1), cfg)  # loads kernels
+    if not recompute:
+        network.step(params, np.array(start[:1]), network.state(params, cfg, 1, systems), cfg)
     print(prompt, end="", flush=True)
     shown, characters = prompt[-1:], _of_characters(vocabulary)
     count, began = 0, time.monotonic()
@@ -139,7 +140,11 @@ def sample(
             "and n of 0 or more."
         )
     state, room, holder = None, cfg.positions or math.inf, f"this {cfg.model} has"
-    if not recompute:
+    if recompute:
+        longest = getattr(cfg.layer, "l_max", 0)
+        if hasattr(network.model_module(cfg.model), "BOUNDED") and longest < room:
+            room, holder = longest, f"the filters of this {cfg.model} have"
+    else:
         state = network.state(params, cfg, 1, systems)
         horizon = convert.horizon(state)
         if horizon < room:
@@ -150,6 +155,8 @@ def sample(
             f"positions. Ask for at most {max(0, room + 1 - len(prompt_tokens)):,} tokens, or "
             "shorten the prompt."
         )
+    if recompute:
+        params, cfg = network.stretch(params, cfg, len(prompt_tokens) + n - 1)
     rng = np.random.default_rng() if rng is None else rng
     return _sample(params, cfg, list(prompt_tokens), n, state, temperature, top_k, top_p, rng)
 

@@ -44,6 +44,7 @@ DENSE = 1 << 17  # elements of H up to which its SVD is that of the dense matrix
 LINEAR = 64  # ranks up to this one are tried one after another
 LANCZOS_BYTES = 1 << 28  # of the basis of as many channels as go at once
 RANK = 32  # without rank or tol
+CONDITION = 1e7  # of eigenvectors that are trusted
 INSIDE = 1 - 2.0**-50  # the largest |λ|
 
 
@@ -66,13 +67,13 @@ def reduce(t, dtype, rank, tol, form, refit):
             known = 2 * svd[1].shape[1] if svd else 0
             known = min(max(known, r + 8), n - 1 if form == "triangle" else n // 2)
             svd = decompose(t[:, 1:], form, known)
-        U, s, V, _ = svd
+        U, s, V, rest = svd
         if r < last and (_least_error(s[:, r:], n, form) > tolerance * norm).any():
             return None
         fits = {}
         for c in order:
-            own = poles(U[c, :, :r], s[c, :r], V[c, :, :r], form)
-            fits[c] = fit(host[c], *own, dtype, refit)
+            bound = 2 * (s[c, r:].sum() + rest[c])
+            fits[c] = realise(host[c], U[c, :, :r], s[c, :r], V[c, :, :r], form, bound, dtype, refit)
             if fits[c][-1] > tolerance:
                 order = [c, *(other for other in order if other != c)]  # to fail sooner
                 return c, fits[c][-1]
@@ -259,19 +260,53 @@ def _enlarged(x, shape):
 # (2), (3), one channel
 
 
-def poles(U, s, V, form):
-    """-> λ inside the circle, a (N,), of each conjugate pair the upper one, and how many of all
-    were not inside; these are reflected"""
+def realise(t, U, s, V, form, bound, dtype, refit):
+    """The fit of one channel to its r triples; where A is defective, or nearly, the best of several
+
+    A delay's A is nilpotent, a polynomial's has one pole many times: eigenvectors of such a matrix
+    are none to compute with. Those of A + δE, E random, are good to eps/δ and its system is off
+    by δ, so δ = √eps is tried; of the rectangle also the triangle's A, which is stable; and fewer
+    states, as long as the error is above the bound. No states at all are the worst of results.
+    """
+    norm, r = np.sqrt(t @ t), int((s > len(U) * np.finfo("float64").eps * s[:1]).sum())
+    best, nudge = none(t, dtype), math.sqrt(np.finfo(dtype).eps)
+    while r:
+        ways = [(form, 0), (form, nudge)] + [("triangle", nudge)] * (form == "rectangle")
+        for way, δ in ways:
+            *own, condition = poles(U[:, :r], s[:r], V[:, :r], way, δ)
+            best = min(best, fit(t, *own, dtype, refit), key=lambda found: found[-1])
+            if δ == 0 and condition < CONDITION:
+                break
+        if best[-1] * norm <= bound + 10 * nudge * norm:
+            break
+        bound += 2 * s[r // 2 : r].sum()
+        r //= 2
+    return best
+
+
+def none(t, dtype):
+    """What `fit` gives for no states: d = t_0"""
+    lam, b, d = np.zeros(1, "complex128"), np.zeros(1, complex_dtype(dtype)), dtype.type(t[0])
+    off = np.append(t[1:], d - t[0])
+    return lam, b, d, 0, math.sqrt((off @ off) / ((t @ t) or 1.0))
+
+
+def poles(U, s, V, form, nudge):
+    """-> λ inside the circle, a (N,), of each conjugate pair the upper one, how many of all
+    were not inside, these are reflected, and the condition of the eigenvectors"""
     A, last = U[:-1].T @ U[1:], U[-1]
     if form == "rectangle" and last @ last < 1 - 1e-12:  # times (U[:-1]^T U[:-1])^-1
         A = A + np.outer(last, last @ A) / (1 - last @ last)
+    A = A + nudge * np.random.default_rng(0).standard_normal(A.shape) / math.sqrt(len(A))
     lam, X = eig(A)
+    values = np.linalg.svd(X, compute_uv=False)
     a = (U[0] @ X) * np.linalg.lstsq(X, s * V[0] + 0j, rcond=None)[0]
     size = np.abs(lam)
     lam = np.where(size >= 1, lam / np.maximum(size, 1) ** 2, lam)
     lam = np.where(np.abs(lam) > INSIDE, lam * INSIDE / np.maximum(size, INSIDE), lam)
-    upper = lam.imag >= 0
-    return lam[upper], (np.where(lam.imag > 0, 2, 1) * a)[upper], int((size >= 1).sum())
+    upper, condition = lam.imag >= 0, values[0] / max(values[-1], np.finfo("float64").tiny)
+    weights = (np.where(lam.imag > 0, 2, 1) * a)[upper]
+    return lam[upper], weights, int((size >= 1).sum()), condition
 
 
 def fit(t, lam, a, reflected, dtype, refit):
@@ -289,7 +324,9 @@ def fit(t, lam, a, reflected, dtype, refit):
         pairs = lam.imag > 0
         columns = np.concatenate([table.real, -table.imag[:, pairs]], axis=1)
         scale = np.sqrt((columns * columns).sum(axis=0))
-        rounding = np.finfo(dtype).eps * np.eye(len(scale))  # of x, counted as an error like others
+        each = np.abs(np.append(lam, lam[pairs])) * scale
+        # that of b, at lag 0 and at all others, counted as an error like others
+        rounding = np.finfo(dtype).eps * np.diag(np.sqrt(1 + 1 / each**2))
         system = np.concatenate([columns / scale, rounding])
         x = np.linalg.lstsq(system, np.append(h, 0 * scale), rcond=None)[0] / scale
         a = x[: len(lam)] + 0j

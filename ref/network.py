@@ -328,6 +328,25 @@ def state_gradient(grads):
     return {"blocks": [{name: g[i] for name, g in stacked.items()} for i in layers]}
 
 
+def stretch(params, cfg, length):
+    """The same network where an input is so long: S4's C~ belongs to a length.   -> params, cfg
+
+    Error: its learned positions or its filters end before that
+    """
+    model, longest = model_module(cfg.model), getattr(cfg.layer, "l_max", 0)
+    if 0 < cfg.positions < length:
+        raise Error(f"the network has {cfg.positions} learned positions: {length} do not fit.")
+    if hasattr(model, "BOUNDED") and longest < length:
+        raise Error(f"{cfg.model}'s filters end at l_max={longest}: {length} positions do not fit.")
+    while hasattr(model, "double_length") and 0 < cfg.layer.l_max < length:
+        layers = [
+            model.double_length(layer_params(params, i), cfg.layer) for i in range(cfg.n_layers)
+        ]
+        C = array_module(params["encoder.weight"]).stack([own["C"] for own, _ in layers])
+        params, cfg = params | {"blocks.C": C}, dataclasses.replace(cfg, layer=layers[0][1])
+    return params, cfg
+
+
 def running_statistics(params, cache):
     """The running moments after a training batch, by name: what `params` is to be updated with"""
     cfg, _, blocks, final, *_ = cache

@@ -418,8 +418,16 @@ def step(params, x_t, state, cfg):
 
 
 def prefill(params, x, cfg, state):
-    """The block's forward over x (B, L, D), from a fresh state -> y (B, L, D), state after it"""
-    return block.gelu_mixer_prefill(params, x, state, cfg, operator_forward, operator_step)
+    """The block's forward over x (B, L, D), from a fresh state -> y (B, L, D), state after it
+
+    As by steps L may be above l_max.
+    """
+
+    def operator(params, x, cfg):
+        y, _ = ssm.convolution_forward(x, kernels(params, cfg, x.shape[1]))
+        return nn.skip_forward(y, params["D"], x)
+
+    return block.gelu_mixer_prefill(params, x, state, cfg, operator, operator_step)
 
 
 # Looking at it

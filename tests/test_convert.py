@@ -212,7 +212,7 @@ def test_convert_prints_what_it_costs(ref, folder, model, tmp_path):
     assert "states" in lines[2] and "64" in lines[3].split() and lines[3].split()[0] == "0.0"
     [said] = [line for line in lines if line.startswith("logits of 64 random tokens")]
     assert float(said.split("at most ")[1].split()[0]) < 1e-5
-    assert lines[-2].endswith(" tokens a second")
+    assert lines[-1].endswith(" tokens a second")
     with safe_open(tmp_path / "systems.safetensors", "numpy") as f:
         head = json.loads(f.metadata()["systems"])
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
@@ -267,15 +267,35 @@ def test_wrong_usage(ref, folder, tmp_path):
     for wrong, code, said in (
         (("convert", folder / "mamba"), 1, "mamba has no long convolution"),
         (("convert", hyena, "--horizon", 65), 1, "l_max"),
-        (("convert", tnn, "--rank", 3), 1, "method='exact' takes no rank"),
+        (("convert", tnn, "--rank", 3), 2, "--rank is not for --method exact, but for hankel"),
+        (("convert", tnn, "--method", "adam", "--tol", 0.1), 2, "--tol is not for --method adam"),
+        (("convert", tnn, "--method", "hankel", "--tol", 0), 2, "not in the range"),
         (("convert", tnn, "--horizon", 0), 2, "not in the range"),
         (("convert", tmp_path), 1, "holds no run"),
         (("generate", hyena, "--tokens", 70), 1, "64 positions. Ask for at most 64 tokens"),
-        (("generate", tnn, "--rank", 3), 2, "are for --method exact or hankel"),
+        (("generate", tnn, "--rank", 3), 2, "--rank is not for --method auto, but for hankel"),
+        (("generate", tnn, "--horizon", 3), 2, "--horizon is for --method exact or hankel"),
+        (
+            ("generate", hyena, "--tokens", 70, "--method", "convolution"),
+            1,
+            "the filters of this hyena have 64 positions. Ask for at most 64 tokens",
+        ),
         (("generate", tnn, "--method", "exact", "--horizon", 9), 1, "Ask for at most 9 tokens"),
     ):
         _, err = ref(*wrong, expect=code)
         assert said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("model", [model for model in LONG if model != "hyena"])
+def test_beyond_the_training_length(ref, folder, model):
+    """64 positions in training: a longer prompt, a longer text, a longer horizon"""
+    start = "generate", folder / model, "--prompt", TEXT[:90], "--tokens", 40, "--temperature", 0
+    text, _ = ref(*start, "--dtype", "float64", "--method", "convolution")
+    for how in ((), ("--method", "exact"), ("--method", "exact", "--horizon", 200)):
+        assert ref(*start, "--dtype", "float64", *how)[0] == text
+    out, _ = ref("convert", folder / model, "--horizon", 200, "--dtype", "float64")
+    [said] = [line for line in out.splitlines() if line.startswith("logits of 200 random tokens")]
+    assert float(said.split("at most ")[1].split()[0]) < 1e-9
 
 
 def test_tnn_goes_on_beyond_its_training_length(ref, folder):

@@ -378,12 +378,12 @@ def test_s4_is_the_same_map_at_any_length(folder):
     _, loaded, _, cfg, params = made(folder, "s4", d_state=4)
     x = loaded.train.values[None, :100].astype(int)
     for length in (17, 32, 33, 100):
-        longer, stretched = train.stretch(params, cfg, length)
+        longer, stretched = network.stretch(params, cfg, length)
         assert stretched.layer.l_max >= length
         logits, _ = network.forward(longer, x[:, :length], stretched)
         usual, _ = network.forward(params, x[:, :16], cfg)
         assert np.abs(logits[:, :16] - usual).max() < 1e-9 * np.abs(usual).max()
-    assert train.stretch(params, cfg, 16) == (params, cfg)
+    assert network.stretch(params, cfg, 16) == (params, cfg)
     assert cfg.layer.l_max == 16
 
 
@@ -394,7 +394,7 @@ def test_lengths_of_every_model(call, tmp_path):
         code, _, err = call("--resume", tmp_path / model, "--eval-lengths 8,64")
         ends = {
             "transformer": "--eval-lengths 64: the network has 32 learned positions",
-            "hyena": "--eval-lengths 64: hyena's filters are defined for l_max=32 positions",
+            "hyena": "hyena's filters end at l_max=32: 64 positions do not fit.",
         }
         if model in ends:
             assert code == 1 and is_sentence(err) and ends[model] in err
