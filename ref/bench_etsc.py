@@ -2,17 +2,17 @@
 token costs after it.
 
 conversion: error |k - t| / |t| and time against the number of coefficients n and against the width,
-as the paper compares them: exact, Hankel, gradient descent (with as many modes as coefficients, and
-as many steps as time allows: its column says how many); then how the error of an exact system grows
-as it is decoded to its end. decode: time and memory of a token against its position, for a kernel
-like a Toeplitz network's, eight times as long as it was trained on.
+as the paper compares them: exact, Hankel, gradient descent (of as many steps at every size, with as
+many modes as coefficients up to a limit, so that it is trained equally and its time is comparable);
+then how the error of an exact system grows as it is decoded to its end. decode: time and memory of
+a token against its position, for a kernel like a Toeplitz network's, eight times as long as it was
+trained on.
 
 Each prints its tables, draws FILE.png where matplotlib is installed, and writes FILE.json.
 """
 
 import dataclasses
 import json
-import textwrap
 import time
 
 import numpy as np
@@ -28,7 +28,7 @@ METHODS = {
     "adam": {"method": "adam"},
 }
 PATIENCE = 20  # seconds that a conversion may take; where it would take longer, it is left out
-ADAM_WORK = 2e9  # steps times modes times coefficients, of which the update itself costs 1,000
+ADAM = {"steps": 300, "modes": 256}  # at every size; modes: n where it is less
 TIMED = 25  # calls of which a time is the median
 
 
@@ -72,32 +72,31 @@ def conversion(quick):
     lengths = [2**i for i in (range(6, 8) if quick else range(6, 14))]
     width, n, rank = (2, 64, 8) if quick else (4, 64, 32)
     print(f"\nagainst n: {width} channels, hankel of {rank} states")
-    work = ADAM_WORK / 400 if quick else ADAM_WORK
-    by_n = table("n", [(n, width) for n in lengths], rank, work)
+    adam = {"steps": 20, "modes": 16} if quick else ADAM
+    by_n = table("n", [(n, width) for n in lengths], rank, adam)
     print(f"\nagainst the width: n = {n}, hankel of 16 states")
-    by_width = table("width", [(n, width) for width in lengths], 16, work)
+    by_width = table("width", [(n, width) for width in lengths], 16, adam)
     print("\nan exact system, decoded to its end: RMS error of outputs, relative to their RMS")
-    return {"by_n": by_n, "by_width": by_width, "growth": growth(256 if quick else 8192)}
+    tables = {"adam": adam, "by_n": by_n, "by_width": by_width}
+    return tables | {"growth": growth(256 if quick else 8192)}
 
 
-def table(name, sizes, rank, work):
-    """Convert, print a line each; `rank` of hankel, `work` of adam.   -> rows
+def table(name, sizes, rank, adam):
+    """Convert, print a line each; `rank` of hankel, steps and modes of adam.   -> rows
 
     Errors are means over the half of the channels that is smooth, and over the other one.
     """
-    print(f"{name:>8}  {'method':18} {'smooth':>9} {'noisy':>9} {'seconds':>9}  steps")
+    print(f"{label_of('adam', adam)}; what would take over {PATIENCE} s is left out")
+    print(f"{name:>8}  {'method':18} {'smooth':>9} {'noisy':>9} {'seconds':>9}")
     rows, last = [], {}
     for n, width in sizes:
         t = kernels(width, n)
-        adam_steps = int(min(500, max(3, work // (width * n * (n + 1000)))))
         for label, settings in METHODS.items():
-            steps = ""
             if settings.get("method") == "hankel":
                 settings = settings | {"rank": rank if n > 2 * rank else n // 4}
             if label == "adam":
-                steps = adam_steps
-                settings = settings | {"steps": steps}
-            elif 2.5 * last.get(label, 0) > PATIENCE:
+                settings = settings | {"steps": adam["steps"], "rank": min(n, adam["modes"])}
+            if 2.5 * last.get(label, 0) > PATIENCE:
                 print(
                     f"{width if name == 'width' else n:8,}  {label:18} left out: it takes too long"
                 )
@@ -105,12 +104,19 @@ def table(name, sizes, rank, work):
             start = time.perf_counter()
             error = etsc.to_ssm(t, **settings).error
             last[label] = time.perf_counter() - start
-            row = {"n": n, "width": width, "method": label, "steps": steps or None}
+            row = {"n": n, "width": width, "method": label, "steps": settings.get("steps")}
             row |= {"smooth": float(error[::2].mean()), "noisy": float(error[1::2].mean())}
             rows.append(row | {"seconds": last[label]})
             errors = f"{row['smooth']:9.1e} {row['noisy']:9.1e}"
-            print(f"{dict(row)[name]:8,}  {label:18} {errors} {last[label]:9.3f}  {steps}")
+            print(f"{dict(row)[name]:8,}  {label:18} {errors} {last[label]:9.3f}")
     return rows
+
+
+def label_of(method, adam):
+    """The method's name in a heading or a legend"""
+    if method != "adam":
+        return method
+    return f"adam, always {adam['steps']} steps, n modes or {adam['modes']}"
 
 
 def growth(n):
@@ -264,7 +270,8 @@ def draw_conversion(plt, results):
         for i, label in enumerate(METHODS):
             own = [row for row in results[rows] if row["method"] == label]
             sizes, colour = [row[name] for row in own], f"C{i}"
-            top.plot(sizes, [row["smooth"] for row in own], "o-", color=colour, ms=4, label=label)
+            name_of = label_of(label, results["adam"])
+            top.plot(sizes, [row["smooth"] for row in own], "o-", color=colour, ms=4, label=name_of)
             top.plot(sizes, [row["noisy"] for row in own], "s--", color=colour, ms=4, alpha=0.6)
             bottom.plot(
                 sizes, [row["seconds"] for row in own], "o-", color=colour, ms=4, label=label
@@ -277,12 +284,6 @@ def draw_conversion(plt, results):
             axis.set_xscale("log", base=2)
     axes[0, 0].plot([], [], "s--", color="gray", ms=4, label="dashed: of noisy kernels")
     axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="upper left")
-    lines = ["steps of adam:"]
-    for rows, name in (("by_n", "n"), ("by_width", "width")):
-        own = [row for row in results[rows] if row["method"] == "adam"]
-        lines.append(f"{name} " + ", ".join(f"{row[name]}: {row['steps']}" for row in own))
-    text = "\n".join(line for long in lines for line in textwrap.wrap(long, 48))
-    axes[1, 2].text(0.02, 0.02, text, fontsize="small", transform=axes[1, 2].transAxes)
     position, right = results["growth"]["position"], axes[0, 2]
     for i, (label, errors) in enumerate(results["growth"].items()):
         if label != "position":

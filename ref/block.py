@@ -3,7 +3,7 @@ block around a mixer."""
 
 import math
 
-from ref import etsc, nn
+from ref import Error, etsc, nn
 from ref.backend import array_module
 
 NORMS = ("layer", "rms", "simple", "batch")
@@ -272,6 +272,16 @@ PUBLISHED_NORM = {
 def within(prefix, names):
     """Our names -> the published ones below prefix"""
     return {ours: prefix + theirs for ours, theirs in names.items()}
+
+
+def untied(tensors, aliases):
+    """Published tensors without the names {listed: the other name of the same parameter} under
+    which a tied one stands again.   Error: the two differ"""
+    for name in aliases.keys() & tensors.keys():
+        one, other = tensors[name], tensors.get(aliases[name])
+        if other is None or not array_module(one).array_equal(one, other):
+            raise Error(f"{name} is tied to {aliases[name]}, but the two differ.")
+    return {name: t for name, t in tensors.items() if name not in aliases}
 
 
 def from_published(tensors, names):

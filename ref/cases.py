@@ -16,7 +16,7 @@ import math
 import ml_dtypes
 import numpy as np
 
-from ref import Error, files, network, nn
+from ref import Error, block, files, network, nn
 from ref.presets import check_kinds
 
 FORMAT = "ssm-case-1"
@@ -187,6 +187,14 @@ class Part:
             return {}
         return {"out.y_steps": np.stack(steps, axis=1)}
 
+    def aliases(self):
+        """{name: the other name of the same tensor} of tied parameters, which a published state
+        dict may list twice: their gradient, the whole one, is listed under both names then"""
+        if self.part == "network":
+            return network.published_aliases(self.cfg)
+        own = getattr(self._module(), "published_aliases", lambda cfg, part: {})
+        return own(self.cfg, self.part)
+
     def _buffers(self):
         """Published tensors that are neither parameters nor moments: integers of the settings"""
         module = self._module()
@@ -218,6 +226,10 @@ class OwnPart(Part):
     def template(self):
         """{"in.*", "param.*"}: the names, and of the parameters the shapes"""
         return self._module().case_sources(self.part, self.cfg, 1, 1, np.random.default_rng(0))
+
+    def aliases(self):
+        """Nothing is tied"""
+        return {}
 
     def run(self, tensors, inputs, douts=None):
         """-> {"out.*"}, and {"grad.*"} where there are some"""
@@ -348,10 +360,17 @@ def _float64(tensors):
 
 
 def _run(part, sources):
-    def of(prefix):
-        return {n[len(prefix) :]: t for n, t in sources.items() if n.startswith(prefix)}
+    """What the part computes; of a tied parameter that is listed twice from one, for both names"""
+    aliases = {f"param.{name}": f"param.{other}" for name, other in part.aliases().items()}
+    tied = {name: other for name, other in aliases.items() if name in sources}
 
-    return part.run(of("param."), of("in."), of("dout.") or None)
+    def of(prefix):
+        own = {n: t for n, t in sources.items() if n.startswith(prefix) and n not in tied}
+        return {n[len(prefix) :]: t for n, t in own.items()}
+
+    results = part.run(of("param."), of("in."), of("dout.") or None)
+    grads = {f"grad.{name}": results.get(f"grad.{other}") for name, other in tied.items()}
+    return results | {name: g for name, g in grads.items() if g is not None}
 
 
 def _check_sources(case, part, sources):
@@ -359,18 +378,21 @@ def _check_sources(case, part, sources):
     if case.model in OWN:
         _check_own_sources(case, part, sources)
         return
-    template = part.template()
-    given = case.of("param.")
-    for name in sorted(template.keys() - given.keys()):
+    template, aliases, given = part.template(), part.aliases(), case.of("param.")
+    for name in sorted(template.keys() - given.keys() - aliases.keys()):
         raise Error(f"param.{name} {template[name].shape} is missing.")
+    template |= {name: template[other] for name, other in aliases.items() if name in given}
     for name in sorted(given.keys() - template.keys()):
         raise Error(f"param.{name} is not a parameter of {case.model}'s {case.part} here.")
     for name, expected in template.items():
+        if name not in given:
+            continue  # an alias
         if expected.dtype.kind == "i" and given[name].size == 1:
             continue  # a number, with an axis or without
         if given[name].shape != expected.shape:
             shapes = f"{given[name].shape}; expected {expected.shape}"
             raise Error(f"param.{name} has the shape {shapes}.")
+    block.untied(given, aliases)
     inputs = {"x": True} | ({"lengths": False} if case.part == "network" else {})
     inputs = {} if case.part == "init" else inputs
     if case.part == "scan":
@@ -513,8 +535,9 @@ def perturbed(half, rng, module):
 
         return perturbing
 
-    shared = [nn, *([module.selective] if hasattr(module, "selective") else [])]
-    for owner in (*shared, module):
+    own = (f"{module.__name__}_", "ref.selective")  # files that hold a part of the model's
+    used = [used for used in vars(module).values() if inspect.ismodule(used)]
+    for owner in (nn, *(u for u in used if u.__name__.startswith(own)), module):
         for name, f in list(vars(owner).items()):
             if name.endswith(("_forward", "_backward")) and callable(f):
                 before.append((owner, name, f))

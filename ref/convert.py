@@ -90,12 +90,23 @@ def convert(run, method, horizon, output, dtype=None, **how):
     print(f"{run}: {cfg.model}, {cfg.n_layers} layers, {total:,} parameters, {method}")
     for line in table(layers):
         print(line)
+    length, alone = _length(cfg, layers)
+    if alone:
+        print(f"the filters depend on an input's length: this is the map of {length:,} positions")
     if output is not None:
         write(output, layers)
         print(output)
     backend.set_threads(1)  # one token's work is too small to be shared out
-    for line in whole(params, cfg, layers, len(vocabulary)):
+    for line in whole(params, cfg, layers, len(vocabulary), length):
         print(line)
+
+
+def _length(cfg, layers):
+    """-> positions of an input whose convolution the systems are, and whether of no other's"""
+    model, horizon = network.model_module(cfg.model), layers[0][0].horizon
+    if not (hasattr(model, "depends_on_length") and model.depends_on_length(cfg.layer)):
+        return min(horizon, cfg.positions or horizon), False
+    return (cfg.layer.l_max if hasattr(model, "BOUNDED") else horizon), True
 
 
 COLUMNS = (
@@ -124,8 +135,9 @@ def table(layers):
     yield ""
     yield "filter: layer and filter; states: real numbers that a channel keeps, the most of any;"
     yield "error: |k - t| / |t| over the horizon, of the worst channel; sup: that of the transfer"
-    yield "function, absolute, and the bound on it by the discarded singular values, both of the"
-    yield "channel with the largest bound (a theorem for --hankel triangle, a guide for rectangle);"
+    yield "function, absolute, and the bound by the discarded singular values, both of the channel"
+    yield "where sup is nearest to its bound or most above it; the bound is that of balanced"
+    yield "truncation (triangle) before the residues are fitted, and a guide for the rectangle;"
     yield "bytes and operations per token, of all channels, beside those of a ring buffer of the"
     yield "last `horizon` inputs, which is exact too."
     yield ""
@@ -136,10 +148,9 @@ def _cells(system):
     if system.bound is None:
         sup = bound = "-"
     else:
-        all_bounds = backend.to_host(system.bound)
-        worst = int(all_bounds.argmax())
-        bound = f"{all_bounds[worst]:.1e}"
-        sup = f"{backend.to_host(system.sup_error)[worst]:.1e}"
+        bounds, sups = backend.to_host(system.bound), backend.to_host(system.sup_error)
+        worst = int((sups / np.maximum(bounds, 1e-300)).argmax())
+        bound, sup = f"{bounds[worst]:.1e}", f"{sups[worst]:.1e}"
     channels = len(system.b)
     yield from (f"{channels:,}", f"{system.horizon:,}", f"{cost['states']:,}")
     yield from (f"{error.max():.1e}", sup, bound)
@@ -147,13 +158,13 @@ def _cells(system):
         yield f"{channels * cost[what]:,}"
 
 
-def whole(params, cfg, layers, vocabulary):
-    """Lines of text: the converted network's logits beside the convolution's, and its speed"""
-    horizon = min(system.horizon for filters in layers for system in filters)
-    horizon = min(horizon, cfg.positions or horizon)
-    x, L = np.random.default_rng(0).integers(0, vocabulary, (1, horizon)), min(PROBE, horizon)
-    longer, longer_cfg = network.stretch(params, cfg, horizon)
-    expected, _ = network.forward(longer, x, longer_cfg, where=np.arange(horizon)[None] < L)
+def whole(params, cfg, layers, vocabulary, length):
+    """Lines of text: the converted network's logits beside those of the convolution of so many
+    positions, and its speed"""
+    x = np.random.default_rng(0).integers(0, vocabulary, (1, length))
+    L = min(PROBE, length, *(system.horizon for filters in layers for system in filters))
+    longer, longer_cfg = network.stretch(params, cfg, length)
+    expected, _ = network.forward(longer, x, longer_cfg, where=np.arange(length)[None] < L)
     state, worst, times = network.state(params, cfg, 1, layers), 0.0, []
     for t in range(L):
         began = time.perf_counter()

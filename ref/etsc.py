@@ -26,7 +26,7 @@ cheaper. The matrix λ_k^j, j = 0..n-1, has singular values √m and, for consta
 grows by at most √m, for kernels with a large sum. Only with t_n is it a DFT, of condition 1.
 
 λ is complex128 even where t, b and u are of float32. Rounded to complex64, its error counts j times
-in λ^j: decoded at n = 8192, white noise for t, |k - t| / |t| is 1.3e-4 instead of 2.2e-6.
+in λ^j: decoded at n = 8192, white noise for t, |k - t| / |t| is 1.3e-4 instead of some 1e-6.
 
 Differences from the published code (ETSC-Exact-Toeplitz-to-SSM-Conversion): half of the modes,
 unless spectrum="full", which is the form of `solve`; exp(2πijk/m) by jk modulo m, where exp(θ_k j)
@@ -48,6 +48,7 @@ from ref.backend import (
     item,
     rfft,
     to_device,
+    to_host,
     twins,
 )
 from ref.hankel import powers
@@ -104,26 +105,37 @@ def to_ssm(
 
     horizon: n unless less. exact: (4), or half of it (5), by spectrum. hankel: (6), of a triangle
     or a rectangle, with `rank` real states (32), or the least that have an error of at most `tol`
-    in every channel (then `rank` is the most); refit as in ref.hankel.fit. adam: `rank` complex
-    modes (n), `steps` of Adam at rate lr, falling to 0.
+    in every channel (then `rank` is the most, 256 unless given); refit as in ref.hankel.fit. adam:
+    `rank` complex modes (n), `steps` of Adam at rate lr, falling to 0.
     Error: t not real, not (C, n), not finite; γ outside (0, 1]; horizon beyond n; tol not reached.
     """
     check_choice("method", method, ("exact", "hankel", "adam"))
     check_choice("spectrum", spectrum, ("half", "full"))
     check_choice("hankel", hankel, ("triangle", "rectangle"))
     t, gamma = _checked(t, gamma, horizon)
+    size = _size(t)
+    t = t / size
     if (method == "exact" and rank is not None) or (method != "hankel" and tol is not None):
         raise Error(f"method={method!r} takes no {'rank' if tol is None else 'tol'}.")
     if method == "exact":
-        return _exact(t, gamma, spectrum)
-    if method == "adam":
+        system = _exact(t, gamma, spectrum)
+    elif method == "adam":
         modes = _whole(t.shape[1] if rank is None else rank, "rank")
-        return _adam(_decayed(t, gamma), t.dtype, modes, _whole(steps, "steps"), lr, seed)
-    return _reduced(_decayed(t, gamma), t.dtype, rank, tol, hankel, refit)
+        if not (isinstance(lr, (int, float, np.number)) and 0 < lr < math.inf):
+            raise Error(f"lr={lr!r}: expected a learning rate, a number above 0.")
+        seed = _whole(seed, "seed", 0)
+        system = _adam(_decayed(t, gamma), t.dtype, modes, _whole(steps, "steps"), lr, seed)
+    else:
+        system = _reduced(_decayed(t, gamma), t.dtype, rank, tol, hankel, refit)
+    return _of_size(system, size, _decayed(t, gamma))
 
 
 def _checked(t, gamma, horizon):
     """t up to the horizon, γ (C or 1, 1)"""
+    if not hasattr(t, "dtype"):
+        raise Error(
+            f"t is a {type(t).__name__}; expected an array, float32 or float64 (channels, n)."
+        )
     xp = array_module(t)
     if t.ndim != 2 or 0 in t.shape or t.dtype.name not in ("float32", "float64"):
         raise Error(f"t is {t.dtype} {tuple(t.shape)}; expected float32 or float64 (channels, n).")
@@ -133,18 +145,32 @@ def _checked(t, gamma, horizon):
             f"horizon={horizon}, but {t.shape[1]} coefficients are given: what comes after them is "
             "not known; compute more."
         )
-    gamma = xp.asarray(1.0 if gamma is None else gamma, dtype="float64").reshape(-1, 1)
-    if len(gamma) not in (1, len(t)) or not item(((gamma > 0) & (gamma <= 1)).all()):
+    try:
+        gamma = xp.asarray(1.0 if gamma is None else gamma, dtype="float64").reshape(-1, 1)
+        known = len(gamma) in (1, len(t)) and item(((gamma > 0) & (gamma <= 1)).all())
+    except (TypeError, ValueError):  # not a number
+        known = False
+    if not known:
         raise Error(f"gamma: expected a number above 0 and up to 1, or {len(t)} of them.")
     if not item(xp.isfinite(t[:, :horizon]).all()):
         raise Error("t has values that are not finite.")
     return t[:, :horizon], gamma
 
 
-def _whole(value, name):
-    if not (isinstance(value, (int, np.integer)) and value >= 1):
-        raise Error(f"{name}={value!r}: expected a whole number of at least 1.")
+def _whole(value, name, least=1):
+    if not (reduction.is_whole(value) and value >= least):
+        raise Error(f"{name}={value!r}: expected a whole number of at least {least}.")
     return int(value)
+
+
+def _size(t):
+    """Powers of 2, t / size being at most 2: the squares of it are no zeros and not infinite
+
+    t (C, n) -> (C, 1)
+    """
+    xp = array_module(t)
+    exponents = np.frexp(to_host(xp.abs(t).max(axis=1, keepdims=True)))[1]
+    return to_device(np.ldexp(t.dtype.type(1), exponents - 1), xp)
 
 
 def _decayed(t, gamma):
@@ -177,14 +203,17 @@ def _exact(t, gamma, spectrum):
         b = xp.fft.ifft(wide, axis=1)[:, 1:]
     lam = gamma * to_device(roots(np.arange(1, b.shape[1] + 1), m), xp)
     b, d = b.astype(complex_dtype(t.dtype)), xp.zeros(len(t), dtype=t.dtype)
-    system = System(lam, b, d, n, "exact", form=spectrum, gamma=gamma)
-    return _with_error(system, _decayed(t, gamma))
+    return System(lam, b, d, n, "exact", form=spectrum, gamma=gamma)
 
 
-def _with_error(system, t):
-    """The System with |k - t| / |t|; where t is zero, |k|"""
-    xp, off = array_module(t), coefficients(system, t.shape[1]) - t
-    norm = xp.sqrt((t * t).sum(axis=1))
+def _of_size(system, size, t):
+    """The System of t, times size, and |k - t| / |t| of it; where t is zero, |k|"""
+    xp, own = array_module(t), {"b": system.b * size}
+    for name in ("d", "bound", "lower", "sup_error"):
+        value = getattr(system, name)
+        own[name] = None if value is None else value * size[:, 0]
+    system = replace(system, **own)
+    off, norm = coefficients(system, t.shape[1]) / size - t, xp.sqrt((t * t).sum(axis=1))
     error = xp.sqrt((off * off).sum(axis=1)) / xp.where(norm == 0, 1, norm)
     return replace(system, error=error)
 
@@ -229,7 +258,8 @@ def step(system, x_t, state):
 def _check(system, x, shape):
     if x.shape != shape or x.dtype != system.d.dtype:
         raise Error(
-            f"x is {x.dtype} {tuple(x.shape)}; this system and state take {system.d.dtype} {shape}."
+            f"x is {x.dtype} {tuple(x.shape)}; this system and state take {system.d.dtype} "
+            f"({', '.join(map(str, shape))})."
         )
 
 
@@ -238,11 +268,13 @@ def prefill(system, x, state):
 
     Error: the state is not a new one; L is beyond the horizon.
     """
-    L, u = x.shape[1] if x.ndim == 3 else 0, state["u"]
-    _check(system, x, (len(u), L, u.shape[1]))
+    u, L = state["u"], x.shape[1] if x.ndim == 3 else None
+    _check(system, x, (len(u), "L" if L is None else L, u.shape[1]))
     if state["position"] != 0:
         raise Error(f"the state is at position {state['position']}; prefill takes a new one.")
-    if not 0 < L <= system.horizon:
+    if L == 0:
+        raise Error("x has no positions; prefill takes at least one. `start` is the state before.")
+    if system.horizon < L:
         raise Error(
             f"{L} inputs: the kernel of this system holds for {system.horizon} positions; "
             "convert for a longer horizon."
@@ -325,7 +357,7 @@ def _reduced(t, dtype, rank, tol, form, refit):
     *arrays, results = reduction.reduce(t, dtype, rank, tol, form, refit)
     results = {name: to_device(a, xp) for name, a in results.items()}
     arrays = (to_device(a, xp) for a in arrays)
-    return _with_error(System(*arrays, t.shape[1], "hankel", form=form, **results), t)
+    return System(*arrays, t.shape[1], "hankel", form=form, **results)
 
 
 # Gradient descent
@@ -386,7 +418,7 @@ def _adam(t, dtype, N, steps, lr, seed):
         optim.adamw_update(params, grads, moments, i, groups, scale)
     lam = xp.exp(-xp.logaddexp(0, -params["radius"]) + 1j * params["angle"])
     b = (rms * ssm.as_complex(params["b"])).astype(complex_dtype(dtype))
-    return _with_error(System(lam, b, xp.zeros(C, dtype=dtype), n, "adam"), t)
+    return System(lam, b, xp.zeros(C, dtype=dtype), n, "adam")
 
 
 # Cases

@@ -8,7 +8,7 @@ of the code that it comes from, in either block.
     z, t              (L, e), (L,)  filter_fn.pos_emb.z and .t          (1, L, e), (1, L, 1)
     deltas            (F D,)        filter_fn.modulation.deltas         (1, 1, F D)
     F_i, c_i          (W, W), (W,)  filter_fn.implicit_filter.{2i}.*
-    freq              (W,)          filter_fn.implicit_filter.1.freq    (1, W)
+    freq              (W,)          filter_fn.implicit_filter.1.freq    (1, W), also .3.freq, ...
     B                 (F, D)        filter_fn.bias                      (F D,)
     B of the student  (F, D)        B                                   (F, D, 1)
 """
@@ -16,7 +16,6 @@ of the code that it comes from, in either block.
 import re
 
 from ref import Error, block
-from ref.backend import array_module
 
 PARTS = ("operator", "mixer", "block")
 SETTINGS = ("vocab_size", "context_length", "short_conv_size", "n_layers", "n_layer")
@@ -46,6 +45,8 @@ ENDS = {  # of published names, whose shapes say the sizes
     "implicit_filter.0.weight": "F_0",
     "mlp.fc1.weight": "W_1",
 }
+LINEAR = re.compile(r"implicit_filter\.(\d+)\.(weight|bias)")
+OF_IMPLICIT = re.compile(r"(.*filter_fn\.)(pos_emb|modulation|implicit_filter)\.")
 
 
 def published_names(cfg, part):
@@ -91,13 +92,17 @@ def _outside(bare):
     return names | {"decoder.weight": "lm_head.weight"}
 
 
+def published_aliases(cfg, part):
+    """{listed: of published_names}: PyTorch lists the one freq under the name of every sine"""
+    freq = published_names(cfg, part).get("freq", "")
+    sines = range(1, cfg.num_inner_mlps + 1 if freq else 0)
+    return {freq.replace(".1.", f".{2 * i + 1}."): freq for i in sines}
+
+
 def from_published(tensors, cfg, part):
     """The published state dict of `part` -> params.   Error: copies of the one freq differ"""
-    names = published_names(cfg, part)
-    params = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
-    for name, t in tensors.items():  # a published state dict may list it for each sine
-        if name.endswith(".freq") and not array_module(t).array_equal(t, tensors[names["freq"]]):
-            raise Error(f"{name} differs from {names['freq']}: all sines share one freq.")
+    tensors = block.untied(tensors, published_aliases(cfg, part))
+    params = block.from_published(tensors, published_names(cfg, part))
     return {name: p.reshape(_shape_here(name, p.shape, cfg)) for name, p in params.items()}
 
 
@@ -109,9 +114,8 @@ def _shape_here(name, shape, cfg):
 
 def to_published(params, cfg, part):
     """params (or their gradients) -> the published names and shapes"""
-    names = published_names(cfg, part).items()
-    there = {ours: (theirs, params[ours]) for ours, theirs in names if ours in params}
-    return {theirs: p.reshape(_shape_there(ours, p, cfg)) for ours, (theirs, p) in there.items()}
+    there = {name: p.reshape(_shape_there(name, p, cfg)) for name, p in params.items()}
+    return block.to_published(there, published_names(cfg, part))
 
 
 def _shape_there(name, p, cfg):
@@ -134,16 +138,19 @@ def config_fields(settings, tensors):
     if "W_in" in shape:
         C, D = shape["W_in"]
         found |= {"d_model": D, "order": C // max(1, D) - 1}
-        found["short_filter_order"] = shape["conv_weight"][2]
+        found |= {"short_filter_order": shape["conv_weight"][2]} if "conv_weight" in shape else {}
     if "h" in shape:
         filters, D, L = shape["h"]
         found |= {"filter": "gated", "d_model": D, "l_max": L}
-    elif "z" in shape:
+    elif stems := [match[1] for name in tensors if (match := OF_IMPLICIT.match(name))]:
+        for end, ours in ENDS.items():
+            if ours in ("z", "deltas", "F_0") and ours not in shape:
+                raise Error(f"param.{stems[0]}{end} is missing.")
         (_, L, e), (W, _), channels = shape["z"], shape["F_0"], shape["deltas"][2]
         found |= {"filter": "implicit", "l_max": L, "emb_dim": e, "filter_order": W}
-        linear = re.compile(r"implicit_filter\.\d+\.weight")
-        linears = {match[0] for name in tensors if (match := linear.search(name))}
-        found["num_inner_mlps"] = len(linears) - 2
+        linears = [match for name in tensors if (match := LINEAR.search(name))]
+        last = max(int(match[1]) // 2 + (match[2] == "bias") for match in linears)
+        found["num_inner_mlps"] = last - 1  # the last layer has no bias
         if "d_model" not in found:  # of the operator alone
             given = own.get("order", 2) - (own.get("recurrence", "standard") == "standard")
             found["d_model"] = channels // max(1, given)

@@ -419,7 +419,8 @@ def _check_input(x, cfg, lengths):
 
 
 def from_published(tensors, cfg):
-    """The published state dict of a network -> params.   Error: a tied head is not the embedding"""
+    """The published state dict of a network -> params.   Error: what is tied differs"""
+    tensors = block.untied(tensors, published_aliases(cfg))
     model, layers = model_module(cfg.model), []
     for i in range(cfg.n_layers):
         own = {}
@@ -431,10 +432,6 @@ def from_published(tensors, cfg):
     if "encoder.position" in params:  # some have a leading axis of 1
         params["encoder.position"] = params["encoder.position"].reshape(cfg.positions, -1)
     xp = array_module(next(iter(tensors.values())))
-    if cfg.tied and "decoder.weight" in params:
-        head = params.pop("decoder.weight")
-        if not xp.array_equal(head, params["encoder.weight"]):
-            raise Error("the head is tied to the embedding, but the two differ.")
     return params | {
         f"blocks.{name}": xp.stack([layer[name] for layer in layers]) for name in layers[0]
     }
@@ -474,6 +471,24 @@ def outside_names(model, layer):
     else:
         theirs = getattr(module, "PUBLISHED_NETWORK", {})
     return {theirs.get(name, name): name for name in ours}
+
+
+def published_aliases(cfg):
+    """{name: the other published name of the same tensor}: a tied head is the embedding; and what
+    the model ties in each layer"""
+    model, tied = model_module(cfg.model), {}
+    if cfg.tied:
+        ours = {own: name for name, own in outside_names(cfg.model, cfg.layer).items()}
+        tied[ours["decoder.weight"]] = ours["encoder.weight"]
+    if not hasattr(model, "published_aliases"):
+        return tied
+    own = model.published_aliases(cfg.layer, "block")
+    for i in range(cfg.n_layers):
+        for below, there in _layer_names(model, cfg.layer):
+            prefix = there.format(i=i)
+            named = _within(prefix, _under(below, own))
+            tied |= {name: prefix + other.removeprefix(below) for name, other in named.items()}
+    return tied
 
 
 def published_buffers(cfg):

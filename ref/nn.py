@@ -487,11 +487,15 @@ def softmax_cross_entropy_forward(logits, targets, ignore=-1, consume_logits=Fal
 
     The gradient is made at once. consume_logits: in the place of the logits, which are lost, so
     that with a large V there is one array of their size.
+
+    Error: a target outside of the V classes. On a GPU, whose results no step should wait for, such
+    a target makes the loss NaN instead.
     """
+    _check_targets(targets, logits.shape[-1], ignore)
     flags = logits.flags
     consumed = consume_logits and flags.c_contiguous and getattr(flags, "writeable", True)
     gradient = logits if consumed else logits.copy()
-    twin = twins("softmax", logits)
+    twin = twins("softmax", logits) if logits.dtype.name in ("float32", "float64") else None
     cross_entropy = twin.cross_entropy if twin else _cross_entropy
     rows = gradient.reshape(-1, logits.shape[-1])
     loss, correct = cross_entropy(rows, targets.reshape(-1), ignore)
@@ -513,10 +517,18 @@ def softmax_cross_entropy_correct(cache):
     return cache[2]
 
 
+def _check_targets(targets, V, ignore):
+    if array_module(targets).__name__ == "numpy":
+        wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore)]
+        if wrong.size:
+            raise Error(f"target {wrong[0]} is outside the {V} classes of the logits.")
+
+
 def _cross_entropy(p, targets, ignore):
     """p (n, V) logits, targets (n,) -> loss, correct (n,); p becomes the gradient of the loss"""
     xp, counted = array_module(p), targets != ignore
-    at = (xp.arange(len(p)), xp.where(counted, targets, 0))
+    known = (targets >= 0) & (targets < p.shape[1])
+    at = (xp.arange(len(p)), xp.where(counted & known, targets, 0))
     count = xp.maximum(counted.sum(), 1).astype(p.dtype)
     correct = counted & (p.argmax(axis=1) == targets)
     p -= p.max(axis=1, keepdims=True)
@@ -524,6 +536,7 @@ def _cross_entropy(p, targets, ignore):
     xp.exp(p, out=p)
     Z = p.sum(axis=1, keepdims=True)
     losses, scale = xp.log(Z[:, 0]) - target_logit, counted.astype(p.dtype) / count
+    losses[~known] = math.nan
     p /= Z
     p *= scale[:, None]
     p[at] -= scale

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import textwrap
 
 import matplotlib
 
@@ -15,6 +16,10 @@ from ref import Error, network, presets
 from ref.files import read_json, read_tensors, write_atomically
 
 CHANNELS = 4  # of a picture
+CUT = (
+    "n taps: of the Hankel matrix of a filter's first n taps and 0 beyond. Where the filter has "
+    "not died away by then, this cut makes the plateau, not the filter."
+)
 
 
 def _save(figure, path):
@@ -43,9 +48,17 @@ def draw(what, run, models, settings, length, seed, path):
     for title, (module, params, cfg) in layers.items():
         L = min(length, getattr(cfg, "l_max", 0) or length)
         if what == "hankel":
-            pictures[title] = module.hankel_values(params, cfg)
+            values = module.hankel_values(params, cfg)
+            is_cut = hasattr(module, "HANKEL_SIZE")
+            pictures[title + f", {values.shape[1] + 1} taps" * is_cut] = values
         elif what == "kernel":
-            pictures[title] = module.impulse_response(params, cfg, L)
+            both = getattr(cfg, "bidirectional", False)
+            if both and hasattr(module, "two_sided_response"):
+                pictures[title] = module.two_sided_response(params, cfg, L), 1 - L
+                continue
+            if both and getattr(cfg, "conv", "") != "circular":
+                title += ", forward direction"  # a circle has both
+            pictures[title] = module.impulse_response(params, cfg, L), 0
         else:
             width = network.part_width(module.__name__.rpartition(".")[2], "operator", cfg)
             x = np.random.default_rng(seed).standard_normal((1, L, width))
@@ -135,14 +148,19 @@ def _whole_lines(text):
 
 
 def kernel(layers, path):
-    """Impulse responses.   layers: title -> k (D, L); a few channels, and the RMS over all"""
+    """Impulse responses: a few channels, and the RMS over all.   layers: title -> k (D, n), the lag
+    of k's first column"""
     figure, rows = plt.subplots(len(layers), 2, figsize=(11, 2.6 * len(layers)), squeeze=False)
-    for (left, right), (title, k) in zip(rows, layers.items(), strict=True):
+    for (left, right), (title, (k, first)) in zip(rows, layers.items(), strict=True):
+        lags = np.arange(first, first + k.shape[1])
         for d in range(min(4, len(k))):
-            left.plot(k[d], lw=0.8, label=f"channel {d}")
-        right.semilogy(np.sqrt((k * k).mean(axis=0)) + 1e-30, lw=0.8)
-        left.set(title=title, xlabel="t", ylabel="impulse response")
-        right.set(title=title, xlabel="t", ylabel="RMS over channels")
+            left.plot(lags, k[d], lw=0.8, label=f"channel {d}")
+        right.semilogy(lags, np.sqrt((k * k).mean(axis=0)) + 1e-30, lw=0.8)
+        lag = "lag" if first == 0 else "lag, below 0 that of later inputs"
+        left.set(xlabel=lag, ylabel="impulse response")
+        right.set(xlabel=lag, ylabel="RMS over channels")
+        for axis in (left, right):
+            axis.set_title(textwrap.fill(title, 60), fontsize="medium")
         left.legend(fontsize="small")
         right.grid(alpha=0.3)
     bottom, top = (f(row[1].get_ylim()[i] for row in rows) for i, f in enumerate((min, max)))
@@ -153,7 +171,8 @@ def kernel(layers, path):
 
 
 def hankel(layers, path):
-    """Hankel singular values, median and range.   layers: title -> values (D, n), descending"""
+    """Hankel singular values, median and range.   layers: title -> values (D, n), descending; a
+    title that ends in a number of taps: those of a matrix that is cut there"""
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for title, values in layers.items():
         relative = values / values[:, :1]
@@ -168,7 +187,11 @@ def hankel(layers, path):
         )
     axis.set(xlabel="index", ylabel="Hankel singular value / largest", ylim=(1e-12, 2))
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(fontsize="small")
+    if any(title.endswith(" taps") for title in layers):
+        axis.text(
+            0, -0.17, textwrap.fill(CUT, 85), transform=axis.transAxes, va="top", fontsize="small"
+        )
     _save(figure, path)
 
 
@@ -184,6 +207,6 @@ def matrix(layers, path):
             colours = SymLogNorm(1e-3 * limit, vmin=-limit, vmax=limit)
             axis.imshow(M[d], cmap="RdBu", norm=colours, interpolation="nearest")
             axis.set(xlabel="s", ylabel="t")
-            axis.set_title(f"{title}, channel {d}", fontsize="small")
+            axis.set_title(textwrap.fill(f"{title}, channel {d}", 34), fontsize="small")
     figure.tight_layout()
     _save(figure, path)

@@ -5,26 +5,19 @@ Positions are mixed by a Toeplitz matrix for every channel. Its coefficients are
 small MLP of the relative position, the RPE, makes them, for as many positions as there are:
 
     y_i = Σ_j t_{i-j} x_j                                       the operator, Tno                (1)
-    h = p_k W_pᵀ + b_p,  p_k = k, k/(L-1) or exp(k/(L-1))       position types 1, 2, 3           (2)
-    h <- act(norm(h)) W_rᵀ + b_r  [+ h with residual]           for each of the n layers         (3)
-    t_k = f(γ^|k| r_k),  r_k = act(norm(h)) W_tᵀ + b_t          decay, then the activation f     (4)
-    γ = λ + (1 - λ) sigmoid(g)                                  a learned decay                  (5)
+    t_k = f(γ^|k| RPE(k))                                       in ref/tnn_rpe.py              (2-5)
     o = (silu(x W_uᵀ + b_u) Tno(silu(x W_vᵀ + b_v))) W_oᵀ + b_o the gated Toeplitz unit, GTU    (6)
     o = (silu(x W_1ᵀ + b_1) (x W_2ᵀ + b_2)) W_3ᵀ + b_3          the GLU                          (7)
     x <- x + GTU(norm(x)),  x <- x + GLU(norm(x))               the block; [x + norm(GTU(x))]    (8)
-    ∂t_k/∂γ = |k| γ^|k| r_k f' / γ                                                               (9)
 
 norm(x) = x / (|x|/sqrt(D) + 1e-8). Causal: t_k = 0 for k < 0.
 
     parameter  shape           B batch, L length, D channels, E = expand_ratio D cut to a multiple
-    W_p, b_p   (r, 1), (r,)    of the heads, r = rpe_dim, n = rpe_layers, G = glu_dim
-    W_r, b_r   (n, r, r), (n, r)   (none if n = 0)
-    W_t, b_t   (E, r), (E,)
-    gamma      (E,)            use_decay: γ itself, not trained; use_multi_decay: g, and λ is
-    W_u, b_u   (E, D), (E,)    cfg.gamma; W_v, b_v the same
+    W_u, b_u   (E, D), (E,)    of the heads, G = glu_dim; W_v, b_v the same
     W_o, b_o   (D, E), (D,)
     W_1, b_1   (G, D), (G,)    W_2, b_2 the same
     W_3, b_3   (D, G), (D,)
+    W_p, b_p, W_r, b_r, W_t, b_t, gamma of the coefficients
 
 The operator is (1) to (5), E wide; the mixer is (6), the block (8). Every channel has coefficients
 of its own, so that several heads change nothing but E and the shape in which gamma is published.
@@ -32,9 +25,6 @@ of its own, so that several heads change nothing but E and the shape in which ga
 The forward takes any length: longer than in training, type 1 goes on to further positions, types 2
 and 3 divide by another L. l_max is for decoding alone: the number of positions that the recurrent
 form is made for. With types 2 and 3 it reproduces the forward of exactly that length.
-
-(2) to (5) are in float64 whatever the precision. In float32, at L = 10⁴, coefficients would be off
-by 6e-7 and gradients by 6e-6, with a learned decay by 3e-5 and 1.5e-4.
 
 Differences from the published code (tnn-pytorch, of GitHub: under this name PyPI has no code):
 - It fails for L = 1, and for type 3 in both directions; here that is t_0 alone, and exp(k/(L-1))
@@ -48,15 +38,9 @@ Differences from the published code (tnn-pytorch, of GitHub: under this name PyP
 import math
 from dataclasses import dataclass
 
-from ref import Error, block, etsc, nn, ssm
+from ref import Error, block, etsc, nn, ssm, tnn_names, tnn_rpe
 from ref.backend import array_module, check_activations, check_choice
 
-RPE_ACTIVATIONS = ("relu", "silu", "gelu", "none")
-HOMOGENEOUS = ("none", "relu", "leak")  # f(c t) = c f(t) for c > 0
-ELU = {"elu": 0.0, "1+elu": 1.0, "2+elu": 2.0}
-ACTIVATIONS = (*HOMOGENEOUS, "silu", "gelu", "sigmoid", "exp", *ELU)
-LEAK = 0.01  # slope of leak below 0
-TINY = 1e-300  # the least γ that is seen: 0 has no logarithm
 HANKEL_SIZE = 256  # coefficients in a Hankel matrix, at most
 CONVERTED = True  # state without systems converts the coefficients
 
@@ -75,7 +59,7 @@ class Config:
     gamma: float = 0.999  # γ of use_decay, λ of use_multi_decay
     rpe_dim: int = 0  # r; 0: d_model / 8, at least 32, as the published README recommends
     rpe_layers: int = 3
-    rpe_act: str = "relu"  # relu, silu, gelu, none
+    rpe_act: str = "relu"  # act: any that f can be
     residual: bool = False  # around the layers of the RPE
     par_type: int = 1  # position type
     act_type: str = "none"  # f: none, relu, leak, silu, gelu, sigmoid, exp, elu, 1+elu, 2+elu
@@ -86,8 +70,8 @@ class Config:
     norm = "simple"
 
     def __post_init__(self):
-        check_choice("rpe_act", self.rpe_act, RPE_ACTIVATIONS)
-        check_choice("act_type", self.act_type, ACTIVATIONS)
+        check_choice("rpe_act", self.rpe_act, tnn_rpe.ACTIVATIONS)
+        check_choice("act_type", self.act_type, tnn_rpe.ACTIVATIONS)
         if self.par_type not in (1, 2, 3):
             raise Error(f"par_type={self.par_type}: expected 1 (k), 2 (k/L) or 3 (exp(k/L)).")
         if self.use_decay and self.use_multi_decay:
@@ -120,6 +104,11 @@ class Config:
 
 
 EMBEDDING_DEVIATION = 0.02  # of a network's, when it is made
+
+
+def depends_on_length(cfg):
+    """Whether an input's length changes the coefficients: positions of types 2 and 3 are parts"""
+    return cfg.par_type != 1
 
 
 def operator_width(cfg):
@@ -158,136 +147,6 @@ def _init(cfg, part, rng, dtype):
     return {name: p.astype(dtype) for name, p in params.items()}
 
 
-# Coefficients
-
-
-def activation_forward(x, kind):
-    """f(x) or act(x), by its published name.   elu(x) = x, or exp(x) - 1 where x < 0"""
-    xp = array_module(x)
-    if kind == "none":
-        return x, (kind, None)
-    if kind == "exp":
-        y = xp.exp(x)
-        return y, (kind, y)
-    if kind == "leak":
-        slope = LEAK + (1 - LEAK) * (x > 0).astype(x.dtype)
-        return slope * x, (kind, slope)
-    if kind in ELU:
-        low = xp.minimum(x, 0)
-        return xp.maximum(x, 0) + xp.expm1(low) + ELU[kind], (kind, xp.exp(low))
-    y, cache = getattr(nn, f"{kind}_forward")(x)
-    return y, (kind, cache)
-
-
-def activation_backward(dy, cache):
-    """dy -> dx"""
-    kind, cache = cache
-    if kind == "none":
-        return dy
-    if kind in ("exp", "leak", *ELU):
-        return dy * cache  # the slope itself
-    return getattr(nn, f"{kind}_backward")(dy, cache)
-
-
-def positions(lags, L, cfg):
-    """p_k of (2).   lags (n,) -> p (n,)"""
-    if cfg.par_type == 1:
-        return lags
-    p = lags / max(1, L - 1)  # of L = 1 there is k = 0 alone
-    return p if cfg.par_type == 2 else array_module(p).exp(p)
-
-
-def rpe_forward(params, p, cfg):
-    """(2), (3) and r of (4).   p (n,) -> r (n, E)"""
-    h, first = nn.linear_forward(p[:, None], params["W_p"], params["b_p"])
-    layers = []
-    for W, b in zip(params.get("W_r", ()), params.get("b_r", ()), strict=True):
-        a, layer = _layer_forward(h, W, b, cfg)
-        h = h + a if cfg.residual else a
-        layers.append(layer)
-    r, last = _layer_forward(h, params["W_t"], params["b_t"], cfg)
-    return r, (cfg, first, layers, last)
-
-
-def rpe_backward(dr, cache):
-    """dr (n, E) -> grads"""
-    cfg, first, layers, last = cache
-    grads, weights, biases = {}, [], []
-    dh, grads["W_t"], grads["b_t"] = _layer_backward(dr, last)
-    for layer in reversed(layers):
-        da, dW, db = _layer_backward(dh, layer)
-        dh = dh + da if cfg.residual else da
-        weights.insert(0, dW)
-        biases.insert(0, db)
-    if layers:
-        xp = array_module(dr)
-        grads |= {"W_r": xp.stack(weights), "b_r": xp.stack(biases)}
-    _, grads["W_p"], grads["b_p"] = nn.linear_backward(dh, first)
-    return grads
-
-
-def _layer_forward(h, W, b, cfg):
-    """norm -> act -> linear.   h (n, r), W (o, r) -> (n, o)"""
-    a, norm = nn.simple_rms_norm_forward(h)
-    a, act = activation_forward(a, cfg.rpe_act)
-    a, linear = nn.linear_forward(a, W, b)
-    return a, (norm, act, linear)
-
-
-def _layer_backward(da, cache):
-    """da (n, o) -> dh, dW, db"""
-    norm, act, linear = cache
-    da, dW, db = nn.linear_backward(da, linear)
-    return nn.simple_rms_norm_backward(activation_backward(da, act), norm), dW, db
-
-
-def decay_rate(gamma, cfg):
-    """γ, by (5) if it is learned.   gamma (E,) -> (E,)"""
-    return cfg.gamma + (1 - cfg.gamma) * nn.sigmoid(gamma) if cfg.use_multi_decay else gamma
-
-
-def decay_forward(r, gamma, lags, cfg):
-    """γ^|k| r_k.   r (n, E), gamma (E,), lags (n,) -> (n, E)"""
-    xp, rate = array_module(r), decay_rate(gamma, cfg)
-    rate = xp.maximum(rate, TINY)
-    powers = xp.exp(xp.abs(lags)[:, None] * xp.log(rate))
-    y = powers * r
-    return y, (cfg, gamma, rate, powers, y, lags)
-
-
-def decay_backward(dy, cache):
-    """dy (n, E) -> dr, dgamma (of a fixed decay None).   (9)"""
-    cfg, gamma, rate, powers, y, lags = cache
-    if not cfg.use_multi_decay:
-        return dy * powers, None
-    s, xp = nn.sigmoid(gamma), array_module(dy)
-    drate = (xp.abs(lags)[:, None] * y * dy).sum(axis=0) / rate
-    return dy * powers, drate * (1 - cfg.gamma) * s * (1 - s)
-
-
-def coefficients_forward(params, L, cfg):
-    """(2) to (5) for L positions.   -> t (E, L), or of both directions (E, 2L-1), t_0 at L-1"""
-    xp, dtype = array_module(params["W_t"]), params["W_t"].dtype
-    params = {name: params[name].astype("float64") for name in _OPERATOR if name in params}
-    lags = xp.arange(0 if cfg.causal else 1 - L, L, dtype="float64")
-    t, rpe = rpe_forward(params, positions(lags, L, cfg), cfg)
-    decay = None
-    if "gamma" in params:
-        t, decay = decay_forward(t, params["gamma"], lags, cfg)
-    t, act = activation_forward(t, cfg.act_type)
-    return xp.ascontiguousarray(t.T).astype(dtype), (rpe, decay, act)
-
-
-def coefficients_backward(dt, cache):
-    """dt like t -> grads of the operator's trained parameters"""
-    rpe, decay, act = cache
-    dr, dgamma = activation_backward(dt.T.astype("float64"), act), None
-    if decay:
-        dr, dgamma = decay_backward(dr, decay)
-    grads = rpe_backward(dr, rpe) | ({} if dgamma is None else {"gamma": dgamma})
-    return {name: g.astype(dt.dtype) for name, g in grads.items()}
-
-
 # Operator, mixer, block
 
 
@@ -299,7 +158,7 @@ def operator_init(cfg, rng, dtype="float32"):
 def operator_forward(params, x, cfg):
     """(1).   x (B, L, E) -> y (B, L, E)"""
     check_activations(x, cfg.width)
-    t, made = coefficients_forward(params, x.shape[1], cfg)
+    t, made = tnn_rpe.coefficients_forward(params, x.shape[1], cfg)
     y, conv = nn.fft_conv_forward(x, t, "causal" if cfg.causal else "two-sided")
     return y, (made, conv)
 
@@ -308,7 +167,7 @@ def operator_backward(dy, cache):
     """dy (B, L, E) -> dx, grads"""
     made, conv = cache
     dx, dt = nn.fft_conv_backward(dy, conv)
-    return dx, coefficients_backward(dt, made)
+    return dx, tnn_rpe.coefficients_backward(dt, made)
 
 
 def mixer_init(cfg, rng, dtype="float32"):
@@ -427,17 +286,17 @@ def coefficients(params, cfg, L):
 
     Error: the map is not causal
     """
-    if "gamma" not in params or cfg.act_type not in HOMOGENEOUS:
+    if "gamma" not in params or cfg.act_type not in tnn_rpe.HOMOGENEOUS:
         return kernels(params, cfg, L), None
     rest = {name: p for name, p in params.items() if name != "gamma"}
-    return kernels(rest, cfg, L), decay_rate(params["gamma"].astype("float64"), cfg)
+    return kernels(rest, cfg, L), tnn_rpe.decay_rate(params["gamma"].astype("float64"), cfg)
 
 
 def kernels(params, cfg, L):
     """The block's long filter t, causal, for L positions.   -> k (1, E, L)   Error: it is not"""
     if not cfg.causal:
         raise Error("bidirectional=True sees all of a sequence: it has no recurrent step.")
-    return coefficients_forward(params, L, cfg)[0][None]
+    return tnn_rpe.coefficients_forward(params, L, cfg)[0][None]
 
 
 def state(params, cfg, batch, systems=None):
@@ -480,7 +339,8 @@ def _operator_prefill(params, x, state, cfg):
     """x (B, L, E), a fresh state -> y (B, L, E), state"""
     system = state["systems"][0]
     after = etsc.prefill(system, x, state["long"][0])
-    t, _ = coefficients_forward(params, x.shape[1] if cfg.par_type == 1 else system.horizon, cfg)
+    L = x.shape[1] if cfg.par_type == 1 else system.horizon
+    t, _ = tnn_rpe.coefficients_forward(params, L, cfg)
     return nn.fft_conv_forward(x, t)[0], state | {"long": [after]}
 
 
@@ -501,13 +361,18 @@ def _carried(forward, params, x, operator, state, cfg):
 
 def impulse_response(params, cfg, L):
     """The operator's answer to an impulse at position 0 of L.   -> t (E, L)"""
-    return coefficients_forward(params, L, cfg)[0][:, -L:]
+    return tnn_rpe.coefficients_forward(params, L, cfg)[0][:, -L:]
+
+
+def two_sided_response(params, cfg, L):
+    """Its answer at every lag, from -(L-1) to L-1, of a map in both directions.   -> t (E, 2L-1)"""
+    return tnn_rpe.coefficients_forward(params, L, cfg)[0]
 
 
 def matrix(params, cfg, x=None, L=None):
     """(1) as a matrix, y_t = Σ_s M[t, s] x_s, for L or x's length.   -> M (1, E, L, L)"""
     L = ssm.length_of(x, L)
-    t, first = coefficients_forward(params, L, cfg)[0], 0 if cfg.causal else L - 1
+    t, first = tnn_rpe.coefficients_forward(params, L, cfg)[0], 0 if cfg.causal else L - 1
     xp = array_module(t)
     lag = xp.arange(L)[:, None] - xp.arange(L)[None, :] + first
     return xp.where(lag >= 0, t[:, xp.maximum(lag, 0)], 0)[None]
@@ -517,93 +382,28 @@ def hankel_values(params, cfg):
     """Singular values of each channel's Hankel matrix, t_{1+i+j} of the first l_max coefficients or
     HANKEL_SIZE if that is less, 0 beyond; then of t_{-1-i-j}.   -> (E or 2E, n), descending"""
     n = min(cfg.l_max or HANKEL_SIZE, HANKEL_SIZE)
-    t = coefficients_forward(params, n, cfg)[0]
+    t = tnn_rpe.coefficients_forward(params, n, cfg)[0]
     sides = [t] if cfg.causal else [t[:, n - 1 :], t[:, :n][:, ::-1]]
     return array_module(t).concatenate([ssm.finite_hankel_values(side) for side in sides])
 
 
-# Names of the published code; of a whole language model there are none, those are ours
+# Names of the published code
 
-_OPERATOR = {
-    "W_p": "rpe.pos_proj.weight",
-    "b_p": "rpe.pos_proj.bias",
-    "W_r": "rpe.layers.{i}.2.weight",  # one for each layer of the RPE
-    "b_r": "rpe.layers.{i}.2.bias",
-    "W_t": "rpe.out.2.weight",
-    "b_t": "rpe.out.2.bias",
-    "gamma": "gamma",  # (heads, 1, E / heads)
-}
-_MIXER = block.within("toep.", _OPERATOR) | {
-    f"{ours}_{name}": f"{theirs}.{kind}"
-    for name, theirs in (("u", "u_proj"), ("v", "v_proj"), ("o", "o"))
-    for ours, kind in (("W", "weight"), ("b", "bias"))
-}
-_GLU = {f"W_{i}": f"l{i}.weight" for i in (1, 2, 3)} | {f"b_{i}": f"l{i}.bias" for i in (1, 2, 3)}
-PUBLISHED = {
-    "operator": _OPERATOR,
-    "mixer": _MIXER,
-    "block": block.within("token_mixer.", _MIXER) | block.within("feature_mixer.", _GLU),
-}
-PUBLISHED_LAYER = {"": "layers.{i}."}  # a block within a network
-PUBLISHED_NETWORK = {"encoder.weight": "embed_tokens.weight", "decoder.weight": "lm_head.weight"}
-PUBLISHED_SETTINGS = dict.fromkeys(("norm", "norm_type"), ("simplermsnorm", "simple"))
-PUBLISHED_SETTINGS |= dict.fromkeys(("gtu_act", "glu_act", "act_fun"), ("silu",))
-PUBLISHED_SETTINGS |= dict.fromkeys(("causal", "act", "h", "dim", "layers", "rpe_embedding"))
-
-
-def from_published(tensors, cfg, part):
-    """The published state dict of `part` -> params"""
-    params, xp = {}, array_module(next(iter(tensors.values())))
-    for ours, theirs in PUBLISHED[part].items():
-        names = [theirs.format(i=i) for i in range(cfg.rpe_layers)]
-        if "{i}" in theirs and names and names[0] in tensors:
-            params[ours] = xp.stack([tensors[name] for name in names])
-        elif theirs in tensors:
-            params[ours] = tensors[theirs].reshape(-1) if ours == "gamma" else tensors[theirs]
-    return params
-
-
-def to_published(params, cfg, part):
-    """params (or their gradients) -> the published names and shapes"""
-    tensors = {}
-    for ours, theirs in PUBLISHED[part].items():
-        if "{i}" in theirs and ours in params:
-            tensors |= {theirs.format(i=i): p for i, p in enumerate(params[ours])}
-        elif ours in params:
-            shape = (cfg.num_heads, 1, -1) if ours == "gamma" else params[ours].shape
-            tensors[theirs] = params[ours].reshape(shape)
-    return tensors
+PUBLISHED = tnn_names.PARTS
+PUBLISHED_LAYER = tnn_names.LAYER
+PUBLISHED_NETWORK = tnn_names.NETWORK
+PUBLISHED_SETTINGS = tnn_names.SETTINGS
+from_published = tnn_names.from_published
+to_published = tnn_names.to_published
 
 
 def config_of(settings, tensors, part):
     """The Config of a case: sizes off its published tensors' shapes, the rest from its settings"""
-    for name, allowed in PUBLISHED_SETTINGS.items():
-        if allowed and name in settings:
-            check_choice(name, settings[name], allowed)
-    own = {name: value for name, value in settings.items() if name not in PUBLISHED_SETTINGS}
-    theirs = {"act": "rpe_act", "h": "num_heads"}
-    own |= {ours: settings[name] for name, ours in theirs.items() if name in settings}
-    if "causal" in settings:
-        own["bidirectional"] = not settings["causal"]
-    sizes, rpes = {}, {name.partition("rpe.")[0] for name in tensors if "rpe." in name}
-    for name, t in tensors.items():
-        if name.endswith("rpe.out.2.weight"):
-            E, own["rpe_dim"] = t.shape
-            sizes = {"d_model": E, "expand_ratio": 1.0} | sizes
-        elif name.endswith("u_proj.weight"):
-            sizes = {"d_model": t.shape[1], "expand_ratio": (t.shape[0] + 0.5) / t.shape[1]}
-        elif name.endswith("feature_mixer.l1.weight"):
-            own["glu_dim"] = len(t)
-        elif name.endswith("gamma"):
-            own["num_heads"] = len(t)
-    if rpes:
-        layers = sum("rpe.layers." in name and name.endswith("2.weight") for name in tensors)
-        own["rpe_layers"] = layers // len(rpes)
-    return Config(**own | sizes)
+    return Config(**tnn_names.config_fields(settings, tensors))
 
 
 def case_outputs(part, params, x, cfg):
     """Outputs of a case besides y: the coefficients t as kernel, (E, L) or (E, 2L-1)"""
     if part == "network":
         return {}
-    return {"kernel": coefficients_forward(params, x.shape[1], cfg)[0]}
+    return {"kernel": tnn_rpe.coefficients_forward(params, x.shape[1], cfg)[0]}

@@ -301,3 +301,27 @@ def test_beyond_the_training_length(ref, folder, model):
 def test_tnn_goes_on_beyond_its_training_length(ref, folder):
     text, _ = ref("generate", folder / "tnn", "--tokens", 200)
     assert len(text) == 201
+
+
+@pytest.mark.parametrize(
+    "model, own, horizon", [("hyena", {"filter": "gated"}, 17), ("tnn", {"par_type": 2}, 33)]
+)
+def test_filters_that_depend_on_the_length(model, own, horizon, monkeypatch, tmp_path, capsys):
+    """Steps are the map of inputs as long as l_max (gated) or as the horizon; convert says so"""
+    params, cfg = small_network(model)
+    layer = replace(cfg.layer, **own)
+    cfg = replace(cfg, layer=layer)
+    params = network.init(cfg, np.random.default_rng(1), "float64")
+    longest = L if model == "hyena" else horizon
+    x = np.random.default_rng(0).integers(0, 11, (2, longest))
+    expected, _ = network.forward(params, x, cfg)
+    systems = convert.systems(params, cfg, horizon=horizon)
+    logits = decoded(params, cfg, x[:, :horizon], network.state(params, cfg, 2, systems))
+    assert np.abs(logits - expected[:, :horizon]).max() < 1e-9 * np.abs(expected).max()
+    y, _ = network.prefill(params, x[:, :horizon], cfg, network.state(params, cfg, 2, systems))
+    assert np.abs(y - expected[:, horizon - 1]).max() < 1e-9 * np.abs(expected).max()
+    monkeypatch.setattr(generate, "load", lambda run, dtype: (params, cfg, ["a"] * 11))
+    convert.convert(tmp_path, "exact", horizon, None)
+    out = capsys.readouterr().out
+    assert f"this is the map of {longest:,} positions" in out
+    assert float(out.split("at most ")[1].split()[0]) < 1e-9

@@ -12,7 +12,7 @@ import pytest
 import strict
 from conftest import error
 
-from ref import Error, backend, bench_etsc, cases, etsc, gradcheck, hankel
+from ref import Error, backend, bench_etsc, cases, etsc, gradcheck, hankel, tnn
 
 GOLDEN = Path(__file__).parent / "golden" / "etsc_solve_a.safetensors"
 LENGTHS = (1, 2, 3, 16, 17, 64, 127)
@@ -271,6 +271,18 @@ def test_what_does_not_fit_gets_its_sentence():
         ((t[:, :1],), {"method": "hankel"}, "1 coefficients are too few"),
         ((t,), {"method": "adam", "rank": 0}, "rank=0"),
         ((t,), {"method": "adam", "steps": 0}, "steps=0"),
+        ((t.tolist(),), {}, "t is a list; expected an array"),
+        ((t, "a"), {}, "gamma: .* above 0 and up to 1"),
+        ((t, 1j), {}, "gamma: .* above 0 and up to 1"),
+        ((t, [[0.5], [0.6, 0.7]]), {}, "gamma: .* above 0 and up to 1"),
+        ((t,), {"method": "hankel", "tol": "a"}, "tol='a': expected a relative error"),
+        ((t,), {"method": "hankel", "rank": True}, "rank=True: expected 1 to"),
+        ((t,), {"method": "adam", "rank": True}, "rank=True: expected a whole number"),
+        ((t,), {"horizon": True}, "horizon=True"),
+        ((t,), {"method": "adam", "lr": -1}, "lr=-1: expected a learning rate"),
+        ((t,), {"method": "adam", "lr": "a"}, "lr='a'"),
+        ((t,), {"method": "adam", "lr": np.nan}, "lr=nan"),
+        ((t,), {"method": "adam", "seed": -1}, "seed=-1: expected a whole number of at least 0"),
     ):
         with pytest.raises(Error, match=sentence):
             etsc.to_ssm(*arguments, **settings)
@@ -278,8 +290,12 @@ def test_what_does_not_fit_gets_its_sentence():
     for x in (np.zeros((2, 4)), np.zeros((1, 3)), np.zeros((2, 3), "float32"), np.zeros(3)):
         with pytest.raises(Error, match=r"this system and state take float64 \(2, 3\)"):
             etsc.step(system, x, etsc.start(system, 2))
-        with pytest.raises(Error, match=r"this system and state take float64|0 inputs"):
+        with pytest.raises(Error, match=r"this system and state take float64 \(2, (1|3|L), 3\)"):
             etsc.prefill(system, x[:, None], etsc.start(system, 2))
+    with pytest.raises(Error, match=r"x is float64 \(2, 3\); .* \(2, L, 3\)"):
+        etsc.prefill(system, np.zeros((2, 3)), etsc.start(system, 2))
+    with pytest.raises(Error, match="no positions; prefill takes at least one"):
+        etsc.prefill(system, np.zeros((2, 0, 3)), etsc.start(system, 2))
 
 
 def test_cost():
@@ -385,6 +401,106 @@ def test_sup_error_is_that_of_the_kernels():
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [4, 5, 7, 12, 31])
+def test_sup_error_of_short_kernels(n, form):
+    t = np.random.default_rng(n).standard_normal((5, n))
+    system = etsc.to_ssm(t, method="hankel", rank=1, hankel=form)
+    k = etsc.coefficients(system, n if form == "rectangle" else 2000)
+    k[:, :n] -= t
+    spectrum = np.abs(np.fft.rfft(k, 1 << 17, axis=1)).max(axis=1)
+    assert np.abs(system.sup_error / spectrum - 1).max() < 3e-4
+
+
+def sparse():
+    """Kernels whose A is nilpotent or defective, with ranks that are enough for them"""
+    rng, j = np.random.default_rng(0), np.arange(200)
+    for lag in range(2, 8):
+        yield f"delay {lag}", np.eye(1, 40, lag), (lag, lag + 1, 17)
+    yield "box", (j < 10)[None] * 1.0, (9, 10, 16, 32)
+    yield "taps", np.append(rng.standard_normal((3, 8)), np.zeros((3, 56)), axis=1), (7, 16)
+    yield "many taps", np.append(rng.standard_normal((3, 30)), np.zeros((3, 220)), axis=1), (29, 64)
+    yield "5-fold pole", (j**4 * 0.8**j)[None], (5, 10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "name, t, ranks", tuple(sparse()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_kernels_without_eigenvectors(name, t, ranks, dtype, form):
+    """Delays, filters of few taps, a pole of order 5: without perturbed poles, 0.3 to 1e4"""
+    t, allowed = t.astype(dtype), {"float64": 3e-7, "float32": 2e-3}[dtype]
+    for rank in ranks:
+        system = etsc.to_ssm(t, method="hankel", rank=rank, hankel=form)
+        assert (system.error < allowed).all() and (np.abs(system.lam) < 1).all()
+        off = np.linalg.norm(answer(system, t.shape[1]) - t, axis=1) / np.linalg.norm(t, axis=1)
+        assert (off < 2 * allowed).all()
+        assert (system.sup_error < 30 * allowed * np.linalg.norm(t, axis=1)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_reduction_is_worse_than_none_at_all(form):
+    """And more states are not worse than few, but for what perturbed poles lose"""
+    rng, j = np.random.default_rng(1), np.arange(64.0)
+    t = np.stack([j**3, j < 5, (j < 20) - 0.5, j == 9, j == 40, (j - 30) ** 2, 1.1**j, 1 / (1 + j)])
+    t = np.concatenate([t, rng.standard_normal((2, 64)), rng.standard_normal((2, 64)) * (j < 12)])
+    for dtype in ("float32", "float64"):
+        own, best = t.astype(dtype), np.inf
+        none = np.linalg.norm(own[:, 1:], axis=1) / np.linalg.norm(own, axis=1)
+        for rank in (1, 2, 3, 5, 8, 13, 21, 31):
+            found = etsc.to_ssm(own, method="hankel", rank=rank, hankel=form).error
+            assert (found <= none * (1 + 1e-6)).all()
+            assert (found <= 3 * best + 20 * np.sqrt(np.finfo(dtype).eps)).all()
+            best = np.minimum(best, found)
+    empty = hankel.none(t[0], np.dtype("float64"))
+    assert empty[0].shape == empty[1].shape == (1,) and empty[2] == 0 and empty[4] == 1
+
+
+def test_a_toeplitz_network_at_its_start_is_reduced():
+    """Pieces of straight lines: poles twice at 1"""
+    cfg = tnn.Config(d_model=16, act_type="relu", l_max=128, rpe_layers=1)
+    params = tnn.operator_init(cfg, np.random.default_rng(0), "float64")
+    t = tnn.kernels(params, cfg, 128)[0]
+    for dtype, allowed in (("float64", 2e-5), ("float32", 3e-3)):
+        system = etsc.to_ssm(t.astype(dtype), method="hankel", rank=32)
+        assert (system.error < allowed).all() and (system.sup_error < 10 * allowed).all()
+        triangle = etsc.to_ssm(t.astype(dtype), rank=32, **TRIANGLE)
+        assert (triangle.error < 0.1).all()
+        assert (triangle.sup_error <= triangle.bound + allowed).all()
+
+
+def test_refit_of_a_sound_system_is_by_the_bound_alone():
+    """Without refit the balanced system comes back, even where none at all is closer on average"""
+    t = np.random.default_rng(0).standard_normal((40, 30))
+    plain = etsc.to_ssm(t, rank=1, refit=False, **TRIANGLE)
+    refit = etsc.to_ssm(t, rank=1, **TRIANGLE)
+    none = np.linalg.norm(t[:, 1:], axis=1) / np.linalg.norm(t, axis=1)
+    assert (plain.b[:, 0] != 0).all() and (plain.error > none).any() and (refit.error <= none).all()
+    assert (plain.sup_error <= plain.bound).all()
+
+
+@pytest.mark.parametrize("power", [-960, -600, 600, 1000])
+def test_size_does_not_matter(power):
+    """A power of 2, however small or large, stays one; errors are relative"""
+    t = np.concatenate([smooth(40), np.random.default_rng(0).standard_normal((1, 40))])
+    for settings in (
+        {"gamma": 0.9},
+        {"spectrum": "full"},
+        {"method": "hankel", "rank": 4},
+        TRIANGLE | {"rank": 4, "refit": False},
+        {"method": "adam", "steps": 5, "rank": 8},
+    ):
+        one, other = (etsc.to_ssm(own, **settings) for own in (t, np.ldexp(t, power)))
+        assert (one.lam == other.lam).all()
+        expected, found = (own.b.view("float64") for own in (one, other))
+        assert (np.ldexp(expected, power) == found).all()
+        assert (one.error == other.error).all() and (one.error > 0).all()
+        for name in ("d", "bound", "lower", "sup_error"):
+            value = getattr(one, name)
+            assert value is None or (np.ldexp(value, power) == getattr(other, name)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_rank_of_a_tolerance_is_the_least(form):
     t = smooth(60)
     for tol in (0.3, 0.05) if form == "triangle" else (0.3, 0.01, 1e-6):
@@ -395,6 +511,19 @@ def test_the_rank_of_a_tolerance_is_the_least(form):
             assert etsc.to_ssm(t, method="hankel", rank=less, hankel=form).error.max() > tol
         same = etsc.to_ssm(t, method="hankel", rank=int(rank), hankel=form)
         assert (same.b == system.b).all()
+
+
+def test_a_tolerance_asks_for_few_states_unless_told(monkeypatch):
+    """Noise would end with the SVD of dense matrices"""
+    t, asked = np.random.default_rng(0).standard_normal((1, 400)), []
+    own = hankel.decompose
+    monkeypatch.setattr(hankel, "MOST", 20)
+    monkeypatch.setattr(hankel, "decompose", lambda h, f, k: asked.append(k) or own(h, f, k))
+    with pytest.raises(Error, match="not reached with 20 states"):
+        etsc.to_ssm(t, tol=0.5, **TRIANGLE)
+    assert max(asked) <= 28
+    with pytest.raises(Error, match="not reached with 30 states"):
+        etsc.to_ssm(t, tol=0.5, rank=30, **TRIANGLE)
 
 
 def test_a_large_rank_is_found_by_bisection(monkeypatch):
@@ -612,7 +741,8 @@ def test_bench(what, tmp_path, capsys):
         rows = results["by_n"] + results["by_width"]
         assert {row["method"] for row in rows} == set(bench_etsc.METHODS)
         assert all(row["smooth"] < 1e-13 for row in rows if row["method"] == "exact")
-        assert all(row["steps"] for row in rows if row["method"] == "adam")
+        assert out.count("adam, always 20 steps, n modes or 16") == 2
+        assert {row["steps"] for row in rows if row["method"] == "adam"} == {20}
         errors = {n: v[-1] for n, v in results["growth"].items() if n != "position"}
         assert errors["float64"] < 1e-12 < errors["float32"] < 5e-6
         assert errors["float32, λ complex64"] > 2 * errors["float32"]

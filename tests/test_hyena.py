@@ -9,7 +9,21 @@ import numpy as np
 import pytest
 from conftest import error
 
-from ref import Error, cases, etsc, gradcheck, hyena, info, network, nn, optim, runs, ssm
+from ref import (
+    Error,
+    cases,
+    convert,
+    etsc,
+    gradcheck,
+    hyena,
+    hyena_filters,
+    info,
+    network,
+    nn,
+    optim,
+    runs,
+    ssm,
+)
 from ref.presets import Recipe
 from train import main, optimiser_groups
 
@@ -87,33 +101,35 @@ def filter_pairs():
     deltas = rng.standard_normal(C)
     return {
         "sine": (
-            lambda a: hyena.sine_forward(a["x"], a["freq"]),
-            lambda dy, c: dict(zip(("x", "freq"), hyena.sine_backward(dy, c), strict=True)),
+            lambda a: hyena_filters.sine_forward(a["x"], a["freq"]),
+            lambda dy, c: dict(zip(("x", "freq"), hyena_filters.sine_backward(dy, c), strict=True)),
             {"x": x, "freq": rng.standard_normal(W)},
         ),
         "MLP": (
-            lambda a: hyena.sine_mlp_forward(a, a["z"], cfg),
-            lambda dy, c: (lambda dz, grads: grads | {"z": dz})(*hyena.sine_mlp_backward(dy, c)),
+            lambda a: hyena_filters.sine_mlp_forward(a, a["z"], cfg),
+            lambda dy, c: (lambda dz, grads: grads | {"z": dz})(
+                *hyena_filters.sine_mlp_backward(dy, c)
+            ),
             linears | {"z": z},
         ),
         "window": (
-            lambda a: hyena.window_forward(a["h"], np.linspace(0, 1, L), deltas, 0.1),
-            lambda dy, c: {"h": hyena.window_backward(dy, c)},
+            lambda a: hyena_filters.window_forward(a["h"], np.linspace(0, 1, L), deltas, 0.1),
+            lambda dy, c: {"h": hyena_filters.window_backward(dy, c)},
             {"h": h},
         ),
         "implicit, short": (
-            lambda a: hyena.filter_forward(a | constants, L, cfg),
-            hyena.filter_backward,
+            lambda a: hyena_filters.filter_forward(a | constants, L, cfg),
+            hyena_filters.filter_backward,
             linears | {"z": own["z"]},
         ),
         "gated": (
-            lambda a: hyena.filter_forward(a, 13, gated_cfg),
-            hyena.filter_backward,
+            lambda a: hyena_filters.filter_forward(a, 13, gated_cfg),
+            hyena_filters.filter_backward,
             {n: gated[n] for n in ("h", "W_g", "b_g")},
         ),
         "gated, short": (
-            lambda a: hyena.filter_forward(a, L, gated_cfg),
-            hyena.filter_backward,
+            lambda a: hyena_filters.filter_forward(a, L, gated_cfg),
+            hyena_filters.filter_backward,
             {n: gated[n] for n in ("h", "W_g", "b_g")},
         ),
     }
@@ -136,7 +152,7 @@ def test_positions_are_complex_exponentials(L, e):
             turn = np.exp(-1j * f * 2 * np.pi * j / L)
             z[j, 1 + b], z[j, 1 + bands + b] = turn.real, turn.imag
         z[j, 0] = j / (L - 1) if j else 0
-    assert np.abs(hyena.positions(L, e) - z).max() < 1e-14
+    assert np.abs(hyena_filters.positions(L, e) - z).max() < 1e-14
     assert (
         hyena.operator_init(hyena.Config(l_max=L, emb_dim=e), np.random.default_rng(0))["z"]
         == z.astype("float32")
@@ -193,7 +209,10 @@ def test_operator_is_its_sums(settings, L, plain):
     cfg, params = layer("operator", **settings)
     x = rng.standard_normal((2, L, width(cfg, "operator")))
     expected = naive_operator(params, x, cfg)
-    assert error(hyena.kernels(params, cfg, L), naive_filters(params, L, cfg)) < 1e-13
+    k = naive_filters(params, L, cfg)
+    assert error(hyena.impulse_response(params, cfg, L), k.reshape(-1, L)) < 1e-13
+    k = naive_filters(params, cfg.l_max, cfg)[:, :, :L]  # what decoding convolves with
+    assert error(hyena.kernels(params, cfg, L), k) < 1e-13
     for y, _ in (
         hyena.operator_forward(params, x, cfg),
         plain(hyena.operator_forward, params, x, cfg),
@@ -242,7 +261,7 @@ def test_shift_and_window():
     assert abs(np.exp(-2.0 * abs(deltas[0])) - 0.02) < 1e-15
     shifted = dataclasses.replace(cfg, shift=0.3)
     k, moved = hyena.kernels(params, cfg, 13), hyena.kernels(params, shifted, 13)
-    h, _ = hyena.sine_mlp_forward(params, params["z"], cfg)
+    h, _ = hyena_filters.sine_mlp_forward(params, params["z"], cfg)
     assert error(moved - k, 0.3 * h.T.reshape(2, 6, 13)) < 1e-13
 
 
@@ -260,7 +279,7 @@ def test_short_inputs_see_the_first_taps():
     assert results["z"][:5].all() and not results["z"][5:].any()
     cfg, params = layer("operator", filter="gated", order=3)
     cut = params | {"h": params["h"][:, :, :5]}
-    short = hyena.kernels(params, cfg, 5)
+    short = hyena.impulse_response(params, cfg, 5).reshape(2, 6, 5)
     assert error(short, hyena.kernels(cut, dataclasses.replace(cfg, l_max=5), 5)) < 1e-15
     assert error(short, hyena.kernels(params, cfg, 13)[:, :, :5]) > 1e-3  # another norm
     assert np.abs(np.abs(short).sum(axis=2) - 1).max() < 1e-5
@@ -330,6 +349,25 @@ def test_prefill_is_steps(settings, L):
     assert not before["conv"].any() and not before["long"][0]["u"].any()
     with pytest.raises(Error, match="l_max=13"):
         hyena.prefill(params, np.zeros((3, 14, 6)), cfg, before)
+
+
+@EACH
+def test_a_horizon_below_l_max(settings):
+    """prefill, steps, and the forward of length l_max agree where the systems are made for less"""
+    rng = np.random.default_rng(0)
+    own, _ = layer(l_max=32, **settings)
+    cfg = network.Config("hyena", own, 2, 9, 9, decoder="lm", positions=own.context)
+    params, x = network.init(cfg, rng, "float64"), rng.integers(0, 9, (2, 32))
+    systems, logits = convert.systems(params, cfg, horizon=16), []
+    state = network.state(params, cfg, 2, systems)
+    for t in range(16):
+        y, state = network.step(params, x[:, t], state, cfg)
+        logits.append(y)
+    whole, _ = network.forward(params, x, cfg)
+    assert error(np.stack(logits, axis=1), whole[:, :16]) < 1e-10
+    for L in (1, 7, 16):
+        y, _ = network.prefill(params, x[:, :L], cfg, network.state(params, cfg, 2, systems))
+        assert error(y, logits[L - 1]) < 1e-10
 
 
 def test_systems_that_are_given():
@@ -451,6 +489,9 @@ def test_bad_input_gets_its_sentence():
         (dict(short_filter_order=0), "short_filter_order=0"),
         (dict(d_model=0), "d_model=0"),
         (dict(w=0.0), "w=0.0"),
+        (dict(w=float("inf")), "w=inf: expected more than 0, and finite"),
+        (dict(shift=float("nan")), "shift=nan: expected a finite number"),
+        (dict(shift=float("-inf")), "shift=-inf"),
         (dict(fast_decay_pct=-1.0), "fast_decay_pct=-1.0"),
         (dict(target=1.0), "target=1.0"),
         (dict(dropout=float("nan")), "dropout=nan"),
@@ -533,8 +574,81 @@ def test_a_freq_that_is_listed_for_every_sine():
     tensors |= {f"filter_fn.implicit_filter.{i}.freq": freq.copy() for i in (3, 5)}
     assert hyena.from_published(tensors, cfg, "mixer").keys() == params.keys()
     tensors["filter_fn.implicit_filter.5.freq"] = freq + 1
-    with pytest.raises(Error, match=r"5\.freq differs"):
+    with pytest.raises(Error, match=r"5\.freq is tied .*1\.freq, but the two differ"):
         hyena.from_published(tensors, cfg, "mixer")
+
+
+def listed(case, names):
+    """The case with every param.* and grad.param.* of {name: other name} under the name too"""
+    more = {}
+    for name, other in names.items():
+        for kind in ("param.", "grad.param."):
+            more[kind + name] = case.tensors[kind + other].copy()
+    return dataclasses.replace(case, tensors=case.tensors | more)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("part", ["operator", "mixer", "block", "network"])
+def test_cases_that_list_the_one_freq_for_every_sine(part, precision):
+    """As PyTorch's state_dict does, with the whole gradient under each name"""
+    settings = {"d_model": 5, "filter_order": 4}
+    settings |= {"decoder": "lm", "d_output": 11, "tied": True} if part == "network" else {}
+    case = cases.make_case("hyena", part, settings, L=7, precision=precision)
+    assert all(row.ok for row in cases.verify(case))
+    first = [n[6:] for n in case.tensors if n.startswith("param.") and n.endswith("1.freq")]
+    names = {n.replace(".1.freq", f".{i}.freq"): n for n in first for i in (3, 5)}
+    assert len(names) == (4 if part == "network" else 2)
+    double = listed(case, names)
+    rows = {row.tensor: row for row in cases.verify(double)}
+    assert all(row.ok for row in rows.values()) and len(rows) == len(cases.verify(case)) + len(
+        names
+    )
+    name = max(names)
+    wrong = dict(double.tensors)
+    wrong[f"grad.param.{name}"] = 0.5 * wrong[f"grad.param.{name}"]  # the share of one sine
+    rows = {r.tensor: r for r in cases.verify(dataclasses.replace(double, tensors=wrong))}
+    assert [n for n, row in rows.items() if not row.ok] == [f"grad.param.{name}"]
+    for changed, sentence in (
+        ({f"param.{name}": wrong[f"param.{name}"] + 1}, r"5\.freq is tied .*, but the two differ"),
+        ({f"param.{name}": wrong[f"param.{name}"][0]}, r"5\.freq has the shape"),
+        ({f"param.{name[:-6]}7.freq": wrong[f"param.{name}"]}, r"7\.freq is not a parameter"),
+    ):
+        with pytest.raises(Error, match=sentence):
+            cases.verify(dataclasses.replace(double, tensors=double.tensors | changed))
+
+
+@pytest.mark.parametrize("model", ["hyena", "mamba", "transformer"])
+def test_cases_with_a_tied_head(model):
+    """Listed twice or once, and in a precision whose rounding is drawn for each tensor"""
+    own = {"n_heads": 2} if model == "transformer" else {}
+    own |= {"d_model": 4, "decoder": "lm", "d_output": 11, "tied": True}
+    case = cases.make_case(model, "network", own, L=7, precision="float32")
+    ((head, embedding),) = [
+        pair for pair in cases.part_of(case).aliases().items() if pair[0].endswith("head.weight")
+    ]
+    kinds = ("param.", "grad.param.")
+    there = {kind + head in case.tensors for kind in kinds}
+    assert there == {model != "transformer"}
+    once = {n: t for n, t in case.tensors.items() if not n.endswith("." + head)}
+    once = dataclasses.replace(case, tensors=once)
+    for own in (once, listed(once, {head: embedding})):
+        rows = cases.verify(own)
+        assert all(row.ok for row in rows)
+        assert (f"grad.param.{head}" in {row.tensor for row in rows}) == (own is not once)
+
+
+def test_a_case_without_one_of_the_filters_tensors():
+    for part in ("operator", "mixer", "block", "network"):
+        case = cases.make_case("hyena", part, {"d_model": 5}, L=7)
+        names = [n for n in case.tensors if n.startswith("param.") and "filter" in n]
+        names = [n for n in names if "layers.1" not in n]
+        assert len(names) >= 12
+        for name in names:
+            less = {n: t for n, t in case.tensors.items() if n != name}
+            if part == "network":  # of neither layer
+                less = {n: t for n, t in less.items() if n != name.replace("layers.0", "layers.1")}
+            with pytest.raises(Error, match=rf"{name} .*is missing"):
+                cases.verify(dataclasses.replace(case, tensors=less))
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(block="bare", filter="gated")], ids=str)

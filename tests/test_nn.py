@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import strict
 from conftest import error
 
 from ref import Error, backend, block, gradcheck, nn
@@ -223,12 +224,34 @@ def test_logits_that_are_no_numbers_are_a_loss_that_is_none(plain):
         assert loss == np.inf and gradient.tolist() == [[1, -1]]
 
 
-def test_targets_that_are_no_class():
-    if backend.twins("softmax", np.zeros(1)) is None:
-        pytest.skip("NumPy's own IndexError")
+def test_targets_that_are_no_class(plain):
+    logits = np.zeros((2, 5))
+    for run in (lambda f, *args, **more: f(*args, **more), plain):
+        for target, ignore in ((5, -1), (-2, -1), (2**40, -1), (-1, -100), (-1, 0)):
+            with pytest.raises(Error, match=f"target {target} is outside the 5 classes"):
+                run(cross_entropy, logits, np.array([1, target]), ignore=ignore)
+        for ignore in (-100, 7):  # no class, and yet allowed
+            assert run(cross_entropy, logits, np.array([1, ignore]), ignore=ignore)[0] > 1.6
+
+
+def test_a_target_that_is_no_class_makes_the_loss_of_a_gpu_nan():
+    """There is no Error, for which a step would have to wait; strict arrays stand for CuPy's"""
     for target in (5, -2, 2**40):
-        with pytest.raises(Error, match=f"target {target} is outside the 5 classes"):
-            nn.softmax_cross_entropy_forward(np.zeros((2, 5)), np.array([0, target]))
+        logits, targets = strict.array(np.zeros((2, 5))), strict.array(np.array([0, target]))
+        loss, _ = nn.softmax_cross_entropy_forward(logits, targets)
+        assert np.isnan(backend.item(loss))
+    loss, _ = nn.softmax_cross_entropy_forward(logits, strict.array(np.array([0, -1])))
+    assert abs(backend.item(loss) - np.log(5)) < 1e-15
+
+
+def test_cross_entropy_of_half_precision(plain):
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((9, 7)).astype("float16"), rng.integers(-1, 7, 9)
+    exact = cross_entropy(logits.astype("float64"), targets)
+    for run in (lambda f, *args: f(*args), plain):
+        loss, gradient, correct = run(cross_entropy, logits, targets)
+        assert loss.dtype == gradient.dtype == np.float16 and (correct == exact[2]).all()
+        assert abs(loss - exact[0]) < 4e-3 and np.abs(gradient - exact[1]).max() < 2e-4
 
 
 def test_a_large_vocabulary_takes_one_array_of_logits(plain):

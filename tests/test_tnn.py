@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import error
 
-from ref import Error, cases, etsc, gradcheck, network, nn, optim, tnn
+from ref import Error, cases, etsc, gradcheck, network, nn, optim, tnn, tnn_rpe
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("tnn_*.safetensors"))
 SHAPES = [(1, 1), (2, 2), (3, 3), (3, 7), (2, 24), (1, 127)]
@@ -93,7 +93,7 @@ def test_the_simple_norm_at_zero_and_far_from_it():
 # Other forms of the same map
 
 
-def rpe(params, p, cfg):
+def rpe(params, p, cfg, act=None):
     """r of one position p, its equations one after the other"""
     acts = {
         "relu": lambda z: z * (z > 0),
@@ -101,12 +101,13 @@ def rpe(params, p, cfg):
         "gelu": lambda z: nn.gelu_forward(z)[0],
         "none": lambda z: z,
     }
+    act = act or acts[cfg.rpe_act]
     h = params["W_p"][:, 0] * p + params["b_p"]
     for i in range(cfg.rpe_layers):
-        a = acts[cfg.rpe_act](h / (np.linalg.norm(h) / np.sqrt(h.size) + 1e-8))
+        a = act(h / (np.linalg.norm(h) / np.sqrt(h.size) + 1e-8))
         a = params["W_r"][i] @ a + params["b_r"][i]
         h = a + h if cfg.residual else a
-    a = acts[cfg.rpe_act](h / (np.linalg.norm(h) / np.sqrt(h.size) + 1e-8))
+    a = act(h / (np.linalg.norm(h) / np.sqrt(h.size) + 1e-8))
     return params["W_t"] @ a + params["b_t"]
 
 
@@ -178,8 +179,8 @@ def test_longer_inputs_go_on_where_shorter_ones_end(settings):
     rng = np.random.default_rng(0)
     cfg, params = layer(rng, **settings)
     for L in (1, 2, 13):
-        short = tnn.coefficients_forward(params, L, cfg)[0]
-        long = tnn.coefficients_forward(params, 2 * L, cfg)[0]
+        short = tnn_rpe.coefficients_forward(params, L, cfg)[0]
+        long = tnn_rpe.coefficients_forward(params, 2 * L, cfg)[0]
         long = long[:, L : 3 * L - 1] if cfg.bidirectional else long[:, :L]
         same = error(long, short)
         assert same < 1e-14 if cfg.par_type == 1 or L == 1 else same > 1e-3
@@ -202,7 +203,7 @@ def test_powers_of_the_decay_keep_their_digits():
     """exp(k log γ) far out against repeated multiplication in long double"""
     gamma = np.array([0.9, 0.999, 0.9999, 1.0])
     cfg, lags = tnn.Config(use_decay=True), np.arange(20_000.0)
-    powers, _ = tnn.decay_forward(np.ones((20_000, 4)), gamma, lags, cfg)
+    powers, _ = tnn_rpe.decay_forward(np.ones((20_000, 4)), gamma, lags, cfg)
     exact = np.cumprod(np.tile(np.longdouble(gamma), (20_000, 1)), axis=0) / np.longdouble(gamma)
     seen = exact > 1e-300
     assert (np.abs(powers - exact)[seen] / exact[seen]).max() < 1e-12
@@ -215,11 +216,11 @@ def test_a_learned_decay_of_zero_is_no_nan():
     params["gamma"] = np.array([-1e3, -50, 0, 1, 50, 1e3, 2, 3.0])
     x, dy = rng.standard_normal((2, 2, 9, E))
     assert all(np.isfinite(r).all() for r in run(params, x, dy, cfg))
-    t = tnn.coefficients_forward(params, 9, cfg)[0]
+    t = tnn_rpe.coefficients_forward(params, 9, cfg)[0]
     assert t[0, 0] != 0 and np.abs(t[0, 1:]).max() < 1e-290
 
 
-@pytest.mark.parametrize("kind", tnn.ACTIVATIONS)
+@pytest.mark.parametrize("kind", tnn_rpe.ACTIVATIONS)
 def test_activations(kind):
     torch = pytest.importorskip("torch", reason="torch is not installed: no comparison with it")
     functional = torch.nn.functional
@@ -235,11 +236,11 @@ def test_activations(kind):
     own = torch.tensor(x, requires_grad=True)
     expected = theirs[kind](own)
     expected.backward(torch.tensor(dy))
-    y, cache = tnn.activation_forward(x, kind)
+    y, cache = tnn_rpe.activation_forward(x, kind)
     assert error(y, expected.detach().numpy()) < 1e-15
-    assert error(tnn.activation_backward(dy, cache), own.grad.numpy()) < 1e-14
-    single, cache = tnn.activation_forward(x.astype("f4"), kind)
-    assert single.dtype == tnn.activation_backward(single, cache).dtype == np.float32
+    assert error(tnn_rpe.activation_backward(dy, cache), own.grad.numpy()) < 1e-14
+    single, cache = tnn_rpe.activation_forward(x.astype("f4"), kind)
+    assert single.dtype == tnn_rpe.activation_backward(single, cache).dtype == np.float32
 
 
 # Decoding
@@ -335,7 +336,7 @@ def test_hankel_values(monkeypatch):
         index = np.arange(n - 1)[:, None] + np.arange(n - 1)
         assert error(values, np.linalg.svd(padded[:, index], compute_uv=False)) < 1e-12
         both = replace(cfg, bidirectional=True)
-        t = tnn.coefficients_forward(params, n, both)[0]
+        t = tnn_rpe.coefficients_forward(params, n, both)[0]
         backward = np.concatenate([t[:, : n - 1][:, ::-1], np.zeros_like(k)], axis=1)
         backward = np.linalg.svd(backward[:, index], compute_uv=False)
         assert error(tnn.hankel_values(params, both), np.concatenate([values, backward])) < 1e-12
@@ -361,12 +362,12 @@ def test_float32_far_out(settings):
     """10⁴ positions: coefficients to a rounding, gradients of the RPE and of g as well"""
     rng, L = np.random.default_rng(0), 10_000
     cfg, params = layer(rng, "float32", **settings)
-    t, cache = tnn.coefficients_forward(params, L, cfg)
+    t, cache = tnn_rpe.coefficients_forward(params, L, cfg)
     dt = rng.standard_normal(t.shape).astype("float32")
-    grads = tnn.coefficients_backward(dt, cache)
+    grads = tnn_rpe.coefficients_backward(dt, cache)
     wide = {n: p.astype("float64") for n, p in params.items()}
-    exact, cache = tnn.coefficients_forward(wide, L, cfg)
-    exact_grads = tnn.coefficients_backward(dt.astype("float64"), cache)
+    exact, cache = tnn_rpe.coefficients_forward(wide, L, cfg)
+    exact_grads = tnn_rpe.coefficients_backward(dt.astype("float64"), cache)
     assert t.dtype == np.float32 and error(t, exact) < 1e-7
     assert max(error(g, exact_grads[n]) for n, g in grads.items()) < 1e-7
 
@@ -456,11 +457,33 @@ def test_cases_written_here_verify(settings, part):
     assert used.rpe_layers == settings.get("rpe_layers", 2) and used.rpe_dim == 4
 
 
+@pytest.mark.parametrize("kind", tnn_rpe.ACTIVATIONS)
+def test_every_activation_in_the_rpe(kind):
+    """Any of the published code, in the layers and before the last one"""
+    rng = np.random.default_rng(0)
+    cfg, params = layer(rng, rpe_act=kind, act_type="none", residual=True)
+    t, _ = tnn_rpe.coefficients_forward(params, 6, cfg)
+
+    def act(z):
+        return tnn_rpe.activation_forward(z, kind)[0]
+
+    expected = np.stack([rpe(params, k, cfg, act) for k in range(6)], axis=1)
+    assert error(t, expected) < 1e-13
+    errors = gradcheck.check_pair(
+        lambda a: tnn_rpe.coefficients_forward(a, 6, cfg), tnn_rpe.coefficients_backward, params
+    )
+    assert max(errors.values()) < gradcheck.TOLERANCE, errors
+    case = cases.make_case("tnn", "block", {"d_model": 3, "rpe_dim": 4, "rpe_act": kind}, 2, 5)
+    assert all(row.ok for row in cases.verify(case))
+
+
 def test_published_settings_of_a_case():
     case = cases.read_case(GOLDEN[0])
     assert case.part == "block"
     more = {"norm": "simplermsnorm", "act": "relu", "gtu_act": "silu", "glu_act": "silu"}
     more |= {"par_type": 1, "residual": False, "act_type": "none", "num_heads": 1}
+    more |= {"bias": True, "resi_param": False, "use_norm": False, "normalize": False}
+    more |= {"n": 512, "max_l": 512, "embed_dim": 6, "dim": 6, "rpe_embedding": 8, "layers": 3}
     settings = case.settings | more
     assert all(row.ok for row in cases.verify(replace(case, settings=settings)))
     for wrong, sentence in (
@@ -468,7 +491,11 @@ def test_published_settings_of_a_case():
         ({"act": "tanh"}, "rpe_act='tanh' is not known"),
         ({"gtu_act": "relu"}, "gtu_act='relu' is not known"),
         ({"act_type": "tanh"}, "act_type='tanh' is not known"),
-        ({"bias": False}, "'bias' is not one of tnn's block"),
+        ({"bias": False}, "bias=False: the layer here is the published one with bias=True"),
+        ({"resi_param": True}, "resi_param=True: the layer here"),
+        ({"use_norm": True}, "with use_norm=False"),
+        ({"normalize": True}, "with normalize=False"),
+        ({"biases": False}, "'biases' is not one of tnn's block"),
         ({"use_decay": False}, "gamma is not a parameter"),
     ):
         with pytest.raises(Error, match=sentence):
@@ -564,6 +591,39 @@ def test_ten_steps_are_pinned():
         losses.append(float(loss))
     assert (params["blocks.gamma"] == 0.9).all()
     assert error(losses[4::5], PINNED) < 1e-9
+
+
+def test_a_picture_of_both_directions(tmp_path, monkeypatch):
+    """Each lag stands where it is, and a cut Hankel matrix says that it is one"""
+    plots = pytest.importorskip("ref.plots", reason="matplotlib is not installed")
+    shown, path = [], tmp_path / "a.png"
+    monkeypatch.setattr(plots, "_save", lambda figure, path: shown.append(figure))
+    plots.draw("kernel", None, ("tnn",), {"d_model": 4, "bidirectional": True}, 9, 0, path)
+    ((_, (module, params, cfg)),) = plots.initial_layers(
+        ("tnn",), {"d_model": 4, "bidirectional": True}, 9, 0
+    ).items()
+    left, right = shown[-1].axes
+    M = module.matrix(params, cfg, L=9)[0, 1]
+    lags, k = left.lines[1].get_data()
+    for lag, value in zip(lags, k, strict=True):
+        assert error(np.diag(M, -int(lag)), np.full(9 - abs(int(lag)), value)) < 1e-13
+    assert list(lags) == list(range(-8, 9)) == list(right.lines[0].get_xdata())
+    assert "later inputs" in left.get_xlabel()
+    plots.draw("kernel", None, ("tnn", "s4d"), {"d_model": 4}, 9, 0, path)
+    assert list(shown[-1].axes[0].lines[0].get_xdata()) == list(range(9))
+    plots.draw("kernel", None, ("s4d",), {"d_model": 4, "bidirectional": True}, 9, 0, path)
+    assert "forward direction" in shown[-1].axes[0].get_title()
+    for models, cut in ((("tnn", "s4d"), True), (("hyena",), True), (("s4d",), False)):
+        plots.draw("hankel", None, models, {"d_model": 4}, 9, 0, path)
+        (axis,) = shown[-1].axes
+        labels = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert ["9 taps" in label for label in labels] == [m != "s4d" for m in models]
+        assert any("the plateau" in text.get_text() for text in axis.texts) == cut
+    settings = {"d_model": 4, "rpe_act": "silu", "act_type": "silu", "par_type": 2}
+    plots.draw("matrix", None, ("tnn",), settings, 9, 0, path)
+    figure = shown[-1]
+    boxes = [axis.title.get_window_extent() for axis in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
 
 
 PINNED = [1.8725429939060856, 1.7410098715113904]
