@@ -46,6 +46,24 @@ def plain(monkeypatch):
     return run
 
 
+@pytest.fixture
+def ref(capsys):
+    """Run `python -m ref ARGUMENTS` in this process -> stdout, stderr"""
+    from ref.__main__ import main
+    from ref.options import run_command
+
+    threads = backend.threads()
+
+    def run(*arguments, expect=0):
+        capsys.readouterr()
+        assert run_command(main, [*map(str, arguments)], "python -m ref") == expect
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    yield run
+    backend.set_threads(threads)
+
+
 def error(a, b):
     """Largest deviation of a from b over b's largest magnitude"""
     a, b = np.asarray(a), np.asarray(b)

@@ -9,9 +9,7 @@ from safetensors import safe_open
 from test_generate import TEXT, small_network, trained
 
 import train
-from ref import Error, backend, convert, etsc, generate, network, s4, ssm
-from ref.__main__ import main
-from ref.options import run_command
+from ref import Error, convert, etsc, generate, network, s4, ssm
 
 LONG = ("hope", "s4", "s4d", "hyena", "tnn")  # the models with a long convolution
 NATIVE = ("hope", "s4", "s4d")  # those with a recurrent form of their own
@@ -188,21 +186,6 @@ def folder(tmp_path_factory):
         for model in (*LONG, "mamba"):
             trained(folder, model)
     return folder
-
-
-@pytest.fixture
-def ref(capsys):
-    """Run a command in this process -> stdout, stderr"""
-    threads = backend.threads()
-
-    def run(*arguments, expect=0):
-        capsys.readouterr()
-        assert run_command(main, [*map(str, arguments)], "python -m ref") == expect
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    yield run
-    backend.set_threads(threads)
 
 
 @pytest.mark.parametrize("model", LONG)

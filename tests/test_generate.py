@@ -251,45 +251,36 @@ def started(*arguments, **options):
 
 
 @pytest.fixture
-def ref(capsys):
-    """Run the command in this process -> stdout, stderr"""
-    threads = backend.threads()
-
-    def run(*arguments, expect=0):
-        capsys.readouterr()
-        assert run_command(main, ["generate", *map(str, arguments)], "python -m ref") == expect
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    yield run
-    backend.set_threads(threads)
+def ask(ref):
+    """What `generate` prints -> stdout, stderr"""
+    return lambda *arguments, **how: ref("generate", *arguments, **how)
 
 
-def test_the_command(ref, folder):
-    out, err = ref(folder / "s4d", "--prompt", "to be", "--tokens", 30)
+def test_the_command(ask, folder):
+    out, err = ask(folder / "s4d", "--prompt", "to be", "--tokens", 30)
     assert out.startswith("to be") and out.endswith("\n") and len(out) == 5 + 30 + 1
     assert set(out) <= set(TEXT)
     assert err.startswith("30 tokens in ") and err.endswith(" a second\n") and err.count("\n") == 1
-    assert ref(folder / "s4d", "--prompt", "to be", "--tokens", 30)[0] == out
-    assert ref(folder / "s4d", "--prompt", "to be", "--tokens", 30, "--seed", 1)[0] != out
+    assert ask(folder / "s4d", "--prompt", "to be", "--tokens", 30)[0] == out
+    assert ask(folder / "s4d", "--prompt", "to be", "--tokens", 30, "--seed", 1)[0] != out
     rest = folder / "s4d", "--prompt", "to be", "--tokens", 30
-    one = {ref(*rest, *how)[0] for how in (("--temperature", 0), ("--top-k", 1), ("--top-p", 1e-9))}
+    one = {ask(*rest, *how)[0] for how in (("--temperature", 0), ("--top-k", 1), ("--top-p", 1e-9))}
     assert len(one) == 1 and out not in one
 
 
-def test_the_command_is_the_function(ref, folder):
+def test_the_command_is_the_function(ask, folder):
     params, cfg, vocabulary = generate.load(folder / "s4d")
     start = generate.encode("to be", vocabulary)
     rng = np.random.default_rng(7)
     tokens = generate.sample(params, cfg, start, 20, 0.8, 9, 0.9, rng)
     text = "to be" + "".join(vocabulary[token] for token in tokens) + "\n"
     how = ("--temperature", 0.8, "--top-k", 9, "--top-p", 0.9, "--seed", 7)
-    assert ref(folder / "s4d", "--prompt", "to be", "--tokens", 20, *how)[0] == text
+    assert ask(folder / "s4d", "--prompt", "to be", "--tokens", 20, *how)[0] == text
 
 
-def test_an_empty_prompt_goes_on_from_a_line_s_end(ref, folder):
-    empty, _ = ref(folder / "s4d", "--tokens", 20)
-    line, _ = ref(folder / "s4d", "--tokens", 20, "--prompt", "\n")
+def test_an_empty_prompt_goes_on_from_a_line_s_end(ask, folder):
+    empty, _ = ask(folder / "s4d", "--tokens", 20)
+    line, _ = ask(folder / "s4d", "--tokens", 20, "--prompt", "\n")
     assert len(empty) == 21 and "\n" + empty == line
     assert generate.encode("", ["b", "a"]) == [0]
     assert generate.encode("", ["the", "<eos>", "cat"]) == [1]
@@ -335,12 +326,12 @@ def test_a_prompt_of_several_lines(monkeypatch, capsys):
         assert out[:8] == prompt and out[8] not in " " and out.endswith("\n")
 
 
-def test_no_tokens(ref, folder):
-    out, err = ref(folder / "s4d", "--prompt", "to", "--tokens", 0)
+def test_no_tokens(ask, folder):
+    out, err = ask(folder / "s4d", "--prompt", "to", "--tokens", 0)
     assert out == "to\n" and err.startswith("0 tokens")
 
 
-def test_wrong_usage(ref, folder, tmp_path):
+def test_wrong_usage(ask, folder, tmp_path):
     run = folder / "s4d"
     for wrong, code, said in (
         ((run, "--prompt", "tö be"), 1, "the prompt's character 'ö' is not among the"),
@@ -357,14 +348,14 @@ def test_wrong_usage(ref, folder, tmp_path):
         ((tmp_path,), 1, "holds no run"),
         ((), 2, "Missing argument 'RUN'"),
     ):
-        out, err = ref(*wrong, expect=code)
+        out, err = ask(*wrong, expect=code)
         assert out == "" and err.count("\n") == 1 and said in err, err
         assert err.startswith("Error: ")
-    assert len(ref(folder / "transformer", "--tokens", 64)[0]) == 65
+    assert len(ask(folder / "transformer", "--tokens", 64)[0]) == 65
 
 
 @pytest.mark.parametrize("damage", ["cut", "none", "other", "vocabulary", "no text"])
-def test_a_damaged_run(ref, folder, tmp_path, damage):
+def test_a_damaged_run(ask, folder, tmp_path, damage):
     run = Path(shutil.copytree(folder / "s4d", tmp_path / "run"))
     path, config = run / "checkpoint.safetensors", run / "config.json"
     settings = json.loads(config.read_text())
@@ -384,7 +375,7 @@ def test_a_damaged_run(ref, folder, tmp_path, damage):
         "vocabulary": "vocabulary is no list of texts",
         "no text": "which is no text to go on with",
     }[damage]
-    out, err = ref(run, expect=1)
+    out, err = ask(run, expect=1)
     assert out == "" and err.startswith("Error: ") and err.count("\n") == 1 and said in err
 
 
@@ -407,14 +398,14 @@ def test_nobody_reads_on(folder):
     assert process.wait(timeout=60) == 1 and err == ""
 
 
-def test_it_needs_no_more_than_the_run(ref, folder, tmp_path):
+def test_it_needs_no_more_than_the_run(ask, folder, tmp_path):
     """Neither the data, nor the folder where it was trained, nor the optimiser's state"""
     run = tmp_path / "elsewhere"
     run.mkdir()
     for name in ("config.json", "checkpoint.safetensors"):
         shutil.copy(folder / "s4d" / name, run)
     before = {path.name: os.stat(path).st_mtime_ns for path in run.iterdir()}
-    assert len(ref(run, "--tokens", 5)[0]) == 6
+    assert len(ask(run, "--tokens", 5)[0]) == 6
     assert {path.name: os.stat(path).st_mtime_ns for path in run.iterdir()} == before
 
 
