@@ -75,7 +75,10 @@ class Config:
         if self.par_type not in (1, 2, 3):
             raise Error(f"par_type={self.par_type}: expected 1 (k), 2 (k/L) or 3 (exp(k/L)).")
         if self.use_decay and self.use_multi_decay:
-            raise Error("use_decay is a fixed decay, use_multi_decay a learned one: give one.")
+            raise Error(
+                "use_decay is a fixed decay, use_multi_decay a learned one: give one (where a "
+                "preset sets use_decay, --no-use-decay)."
+            )
         if not (0 < self.gamma <= 1 or (self.use_multi_decay and self.gamma == 0)):
             raise Error(f"gamma={self.gamma}: expected more than 0 and at most 1.")
         if min(self.glu_dim, self.rpe_dim, self.rpe_layers, self.l_max) < 0:
