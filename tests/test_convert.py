@@ -9,7 +9,7 @@ from safetensors import safe_open
 from test_generate import TEXT, small_network, trained
 
 import train
-from ref import Error, convert, etsc, generate, network, s4, ssm
+from ref import Error, backend, convert, etsc, generate, network, s4, ssm
 
 LONG = ("hope", "s4", "s4d", "hyena", "tnn")  # the models with a long convolution
 NATIVE = ("hope", "s4", "s4d")  # those with a recurrent form of their own
@@ -304,6 +304,7 @@ def test_filters_that_depend_on_the_length(model, own, horizon, monkeypatch, tmp
     y, _ = network.prefill(params, x[:, :horizon], cfg, network.state(params, cfg, 2, systems))
     assert np.abs(y - expected[:, horizon - 1]).max() < 1e-9 * np.abs(expected).max()
     monkeypatch.setattr(generate, "load", lambda run, dtype: (params, cfg, ["a"] * 11))
+    monkeypatch.setattr(backend, "set_threads", lambda threads: None)
     convert.convert(tmp_path, "exact", horizon, None)
     out = capsys.readouterr().out
     assert f"this is the map of {longest:,} positions" in out
