@@ -122,17 +122,18 @@ def operator_init(cfg, rng, dtype="float32"):
 
 
 def sample_forward(h, log_dt, L, J):
-    """(1) at the first J of the L nodes (4).   h (D, n), log_dt (D,) -> g (D, J) complex"""
+    """(1) at the first J of the L nodes (4), in float64 whatever the precision: a rounding of w'
+    counts i times in its i-th power.   h (D, n), log_dt (D,) -> g (D, J) complex"""
     if twin := twins("hope", h):
         return twin.sample_forward(h, log_dt, L, J), (h, log_dt, L, J)
     xp = array_module(h)
-    half = xp.arange(J, dtype=log_dt.dtype) * (math.pi / L)
-    angle = 2 * xp.arctan2(xp.sin(half), xp.exp(log_dt)[:, None] * xp.cos(half))
-    i1 = xp.arange(1, h.shape[1] + 1, dtype=log_dt.dtype)
+    half = xp.arange(J, dtype="float64") * (math.pi / L)
+    dt = xp.exp(log_dt.astype("float64"))[:, None]
+    angle = 2 * xp.arctan2(xp.sin(half), dt * xp.cos(half))
     powers = xp.repeat(xp.exp(-1j * angle)[:, :, None], h.shape[1], axis=2)
     powers = xp.cumprod(powers, axis=2)  # w'^-1, w'^-2, ... (D, J, n)
-    g = (powers @ h.astype(powers.dtype)[:, :, None])[:, :, 0]
-    return g, (h, log_dt, L, J, half, i1, powers)
+    g = (powers @ h.astype("complex128")[:, :, None])[:, :, 0]
+    return g.astype(backend.complex_dtype(log_dt.dtype)), (h, log_dt, L, J, half, dt, powers)
 
 
 def sample_backward(dg, cache):
@@ -145,13 +146,18 @@ def sample_backward(dg, cache):
     if twin := twins("hope", h):
         dh, dlog_dt = twin.sample_backward(dg, h, log_dt, L, J)
     else:
-        half, i1, powers = tables
-        xp = array_module(h)
-        dh = (dg[:, None, :] @ powers.conj())[:, 0]
-        slope = (powers @ (i1 * h)[:, :, None].astype(powers.dtype))[:, :, 0]
-        dangle = (dg.conj() * slope).imag  # Re(conj(dg) · -i slope)
-        dt, s, c = xp.exp(log_dt)[:, None], xp.sin(half), xp.cos(half)
+        half, dt, powers = tables
+        xp, dg = array_module(h), dg.astype("complex128")
+        dh = (dg[:, None, :] @ powers.conj())[:, 0].astype(backend.complex_dtype(log_dt.dtype))
+        i1 = xp.arange(1, h.shape[1] + 1, dtype="float64")
+        slope = (powers @ (i1 * h)[:, :, None].astype("complex128"))[:, :, 0]
+        dangle, s, c = (
+            (dg.conj() * slope).imag,
+            xp.sin(half),
+            xp.cos(half),
+        )  # Re(conj(dg) · -i slope)
         dlog_dt = (dangle * (-2 * dt * s * c / (s * s + dt * dt * c * c))).sum(axis=1)
+        dlog_dt = dlog_dt.astype(log_dt.dtype)
     return dh if h.dtype.kind == "c" else dh.real, dlog_dt
 
 
