@@ -8,7 +8,7 @@ import click
 from ref import Error, network
 from ref.options import all_named, options_of, run_command
 
-CASE_MODELS = (*network.MODELS, "l2t-student", "etsc")  # whose cases there are
+CASE_MODELS = (*network.MODELS, "l2t-student", "etsc", "l2t")  # whose cases there are
 
 
 @click.group(no_args_is_help=True)
@@ -28,10 +28,16 @@ def _model_command(*args, **kwargs):
             known = CASE_MODELS if self.name == "case" else network.MODELS
             models = [m for m in all_named(sys.argv, "--model") if m in known]
             models = models if self.name == "plot" else models[-1:]  # elsewhere the last one holds
-            configs = [_module(m).Config for m in models or network.MODELS[:1]]
+            modules = [_module(m) for m in models or network.MODELS[:1]]
+            configs = [c for m in modules for c in (m.Config, *_part_configs(m, self.name))]
             return super().get_params(context) + options_of(*configs)
 
     return main.command(*args, cls=ModelCommand, **kwargs)
+
+
+def _part_configs(module, command):
+    """The further Configs that parts of a model have, in cases"""
+    return getattr(module, "CASE_CONFIGS", {}).values() if command == "case" else ()
 
 
 def _module(model):
@@ -47,15 +53,14 @@ def _given(settings):
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _check_config(model, settings):
-    """UsageError for settings that the model's Config refuses"""
+def _check_config(config, settings):
+    """UsageError for settings that a model's Config refuses"""
     from ref.presets import check_kinds
 
-    module = _module(model)
-    known = module.Config.__dataclass_fields__
+    known = config.__dataclass_fields__
     try:
-        check_kinds(settings, module.Config)  # the option of a field may be another model's
-        module.Config(**{name: value for name, value in settings.items() if name in known})
+        check_kinds(settings, config)  # the option of a field may be another model's
+        config(**{name: value for name, value in settings.items() if name in known})
     except Error as e:
         raise click.UsageError(str(e)) from e
 
@@ -155,7 +160,8 @@ def _line(row):
 @click.option(
     "--part",
     required=True,
-    help="operator, mixer, block, network; scan, of d_model channels; of etsc: solve.",
+    help="operator, mixer, block, network; scan, of d_model channels; of etsc: solve; of l2t: "
+    "features, dln, teacher, student-loss, unrolled (of length features).",
 )
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option("--precision", default="float64", help="float64, float32, float16 or bfloat16.")
@@ -175,10 +181,11 @@ def case(model, part, output, precision, batch, length, seed, initial_state, **s
     from ref.backend import check_choice
 
     check_choice("precision", precision, cases.PRECISIONS)
-    fields = _module(model).Config.__dataclass_fields__
+    config = cases.config_class(_module(model), part)
+    fields = config.__dataclass_fields__
     usual = {name: n for name, n in {"d_model": 8, "d_state": 16}.items() if name in fields}
     settings = usual | _given(settings)
-    _check_config(model, settings)
+    _check_config(config, settings)
     given = batch, length, precision, seed, initial_state
     made = cases.make_case(model, part, settings, *given)
     cases.write_case(output, made)
@@ -219,7 +226,7 @@ def info(model, length, **settings):
     """
     from ref import info
 
-    _check_config(model, _given(settings))
+    _check_config(_module(model).Config, _given(settings))
     print(info.describe(model, _given(settings), length))
 
 
@@ -255,7 +262,7 @@ def plot(run, models, what, length, seed, output, **settings):
         raise click.UsageError("give either the folder of a run or --model.")
     output = output or (run or Path()) / f"{what}.png"
     for model in models:
-        _check_config(model, _given(settings))
+        _check_config(_module(model).Config, _given(settings))
     plots.draw(what, run, models, _given(settings), length, seed, output)
     print(output)
 

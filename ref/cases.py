@@ -32,7 +32,8 @@ SCAN_SETTINGS = ("update",)  # arguments of a scan that are no arrays
 ALIASES = {  # a case's model -> whose module computes it, with which settings unless it has others
     "l2t-student": ("hyena", {"block": "bare", "filter": "gated", "recurrence": "residual"}),
 }
-OWN = {"etsc": "ref.etsc"}  # models that are no layers: modules that say themselves what a case is
+# Models that are no layers: modules that say themselves what a case is
+OWN = {"etsc": "ref.etsc", "l2t": "ref.l2t_cases"}
 DRAWS = 8  # perturbed recomputations that measure what rounding alone does
 
 
@@ -220,7 +221,9 @@ class OwnPart(Part):
     Its module has CASE_PARTS, part -> the outputs whose gradients feed back; Config, the settings;
     config_of(settings, tensors, part) -> Config, tensors with their prefixes;
     case_sources(part, cfg, B, L, rng) -> {"in.*", "param.*"}, random ones, float64; and
-    case_results(part, cfg, params, inputs, douts) -> {"out.*", "grad.*"}.
+    case_results(part, cfg, params, inputs, douts) -> {"out.*", "grad.*"}. It may have
+    case_aliases(part, cfg), as Part.aliases; CASE_CONFIGS, part -> a Config of its own; and
+    CASE_MODULES, others whose pairs carry rounding.
     """
 
     def template(self):
@@ -228,8 +231,9 @@ class OwnPart(Part):
         return self._module().case_sources(self.part, self.cfg, 1, 1, np.random.default_rng(0))
 
     def aliases(self):
-        """Nothing is tied"""
-        return {}
+        """As Part.aliases"""
+        own = getattr(self._module(), "case_aliases", lambda part, cfg: {})
+        return own(self.part, self.cfg)
 
     def run(self, tensors, inputs, douts=None):
         """-> {"out.*"}, and {"grad.*"} where there are some"""
@@ -315,14 +319,20 @@ def part_config(case, module):
         ) from e
 
 
+def config_class(module, part):
+    """The Config of a module's part, which few have one of their own for"""
+    return getattr(module, "CASE_CONFIGS", {}).get(part, module.Config)
+
+
 def _own_config(case, module):
     """The Config of a model of OWN.   Error: a setting that it does not have, or of another type"""
     settings = {n: v for n, v in case.settings.items() if n != "note"}
-    known = {f.name for f in dataclasses.fields(module.Config)}
+    config = config_class(module, case.part)
+    known = {f.name for f in dataclasses.fields(config)}
     if unknown := sorted(settings.keys() - known):
         has = ", ".join(sorted(known))
         raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s; it has: {has}.")
-    check_kinds(settings, module.Config, what="the setting ")
+    check_kinds(settings, config, what="the setting ")
     sources = {n: t for n, t in case.tensors.items() if n.startswith(SOURCES)}
     return module.config_of(settings, sources, case.part)
 
@@ -415,6 +425,9 @@ def _check_sources(case, part, sources):
 def _check_own_sources(case, part, sources):
     """The same, of a model of OWN, which looks itself at the shapes of its inputs"""
     template, douts = part.template(), module_of(case.model).CASE_PARTS[case.part]
+    aliases = {f"param.{name}": f"param.{other}" for name, other in part.aliases().items()}
+    template = {n: t for n, t in template.items() if n not in aliases}
+    template |= {name: template[other] for name, other in aliases.items() if name in sources}
     for name in sorted(template.keys() - sources.keys()):
         raise Error(f"{name} is missing.")
     for name in sorted(sources.keys() - template.keys() - {f"dout.{n}" for n in douts}):
@@ -423,6 +436,7 @@ def _check_own_sources(case, part, sources):
         if name.startswith("param.") and sources[name].shape != expected.shape:
             shapes = f"{sources[name].shape}; expected {expected.shape}"
             raise Error(f"{name} has the shape {shapes}.")
+    block.untied(case.of("param."), part.aliases())
     _check_finite(sources)
 
 
@@ -537,7 +551,8 @@ def perturbed(half, rng, module):
 
     own = (f"{module.__name__}_", "ref.selective")  # files that hold a part of the model's
     used = [used for used in vars(module).values() if inspect.ismodule(used)]
-    for owner in (nn, *(u for u in used if u.__name__.startswith(own)), module):
+    used = [u for u in used if u.__name__.startswith(own)]
+    for owner in (nn, *used, *getattr(module, "CASE_MODULES", ()), module):
         for name, f in list(vars(owner).items()):
             if name.endswith(("_forward", "_backward")) and callable(f):
                 before.append((owner, name, f))

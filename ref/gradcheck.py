@@ -184,6 +184,15 @@ def nn_pairs(rng):
         "last": ({"x": x}, {"lengths": lengths}),
         "softmax_cross_entropy": ({"logits": normal(B, L, V)}, {"targets": targets}),
     }
+    for name, last in (("gru", False), ("gru last", True)):
+        weights = {"W": normal(3 * E, D), "U": normal(3 * E, E), "b": normal(3 * E)}
+        weights |= {"c": normal(3 * E), "h0": normal(B, E)}
+        pairs[name] = {"x": x} | weights, {"last": last}
+    weights = {"W": normal(4 * E, D), "U": normal(4 * E, E), "b": normal(4 * E)}
+    lstm = {"x": normal(B, D), "state": normal(2, B, E)} | weights | {"c": normal(4 * E)}
+    pairs["lstm_cell"] = lstm, {}
+    far = np.array([0.3, -0.6, 0.5, 2.0, -3.1])  # on both sides of delta, none near it
+    pairs["huber"] = {"y": x + far, "target": x + 0.01 * normal(B, L, D)}, {"delta": 1.2}
     for name in ("gelu", "gelu_tanh", "sigmoid", "silu", "softplus", "relu"):
         pairs[name] = ({"x": 2 * normal(B, L, D)}, {})
     return {name: _nn_pair(name, *pair) for name, pair in pairs.items()}

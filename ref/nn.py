@@ -449,6 +449,83 @@ def skip_backward(dy, cache):
     return dy, sum_rows(dy * x), D * dy
 
 
+# Recurrent cells
+
+
+def gru_forward(x, W, U, b, c, h0=None, last=False):
+    """x (B, L, I), W (3H, I), U (3H, H), b, c (3H,), h0 (B, H) -> h (B, L, H); last: (B, H)
+
+    r, u = sigmoid(W x + b + U h + c),  n = tanh(W x + b + r (U h + c)),  h' = (1 - u) n + u h
+
+    The rows of W, U, b, c are those of r, u, n in turn (PyTorch's weight_ih, weight_hh, bias_ih,
+    bias_hh). h0: zeros when not given.
+    """
+    xp, (B, L, _), H = array_module(x), x.shape, U.shape[1]
+    h = xp.zeros((B, H), dtype=x.dtype) if h0 is None else h0
+    a, _ = linear_forward(x, W, b)
+    states, gates = [h], []
+    for t in range(L):
+        m = h @ U.T + c
+        r = sigmoid(a[:, t, :H] + m[:, :H])
+        u = sigmoid(a[:, t, H : 2 * H] + m[:, H : 2 * H])
+        n = xp.tanh(a[:, t, 2 * H :] + r * m[:, 2 * H :])
+        h = (1 - u) * n + u * h
+        states.append(h)
+        gates.append((r, u, n, m[:, 2 * H :]))
+    return h if last else xp.stack(states[1:], axis=1), (x, W, U, states, gates, last)
+
+
+def gru_backward(dy, cache):
+    """dy (B, L, H), or (B, H) of the last -> dx, dW, dU, db, dc, dh0"""
+    x, W, U, states, gates, last = cache
+    xp, da, dm = array_module(dy), [], []
+    dh = dy if last else xp.zeros_like(states[0])
+    for t in range(len(gates) - 1, -1, -1):
+        h, (r, u, n, m) = states[t], gates[t]
+        dh = dh if last else dh + dy[:, t]
+        dn = dh * (1 - u) * (1 - n * n)
+        du = dh * (h - n) * u * (1 - u)
+        dr = dn * m * r * (1 - r)
+        da.append(xp.concatenate([dr, du, dn], axis=1))
+        dm.append(xp.concatenate([dr, du, dn * r], axis=1))
+        dh = dh * u + dm[-1] @ U
+    before = xp.stack(states[:-1], axis=1)
+    dx, dW, db = linear_backward(xp.stack(da[::-1], axis=1), (x, W))
+    _, dU, dc = linear_backward(xp.stack(dm[::-1], axis=1), (before, U))
+    return dx, dW, dU, db, dc, dh
+
+
+def lstm_cell_forward(x, state, W, U, b, c):
+    """One step.   x (B, I), state (2, B, H), W (4H, I), U (4H, H), b, c (4H,) -> state
+
+    i, f, o = sigmoid(W x + b + U h + c),  g = tanh(W x + b + U h + c)
+    s' = f s + i g,  h' = o tanh(s')
+
+    state[0] is h, the output, and state[1] the cell's s; rows in the order i, f, g, o, as in
+    PyTorch.
+    """
+    xp, H = array_module(x), U.shape[1]
+    h, s = state[0], state[1]
+    a = linear_forward(x, W, b)[0] + linear_forward(h, U, c)[0]
+    i, f, o = (sigmoid(a[:, k * H : (k + 1) * H]) for k in (0, 1, 3))
+    g = xp.tanh(a[:, 2 * H : 3 * H])
+    new = f * s + i * g
+    t = xp.tanh(new)
+    return xp.stack([o * t, new]), (x, h, s, W, U, i, f, g, o, t)
+
+
+def lstm_cell_backward(dstate, cache):
+    """dstate (2, B, H) -> dx, dstate, dW, dU, db, dc"""
+    x, h, s, W, U, i, f, g, o, t = cache
+    xp, dh = array_module(dstate), dstate[0]
+    ds = dstate[1] + dh * o * (1 - t * t)
+    di, df, do = ds * g * i * (1 - i), ds * s * f * (1 - f), dh * t * o * (1 - o)
+    da = xp.concatenate([di, df, ds * i * (1 - g * g), do], axis=1)
+    dx, dW, db = linear_backward(da, (x, W))
+    dh, dU, dc = linear_backward(da, (h, U))
+    return dx, xp.stack([dh, ds * f]), dW, dU, db, dc
+
+
 # Pooling and loss
 
 
@@ -479,6 +556,22 @@ def last_backward(dy, cache):
     dx = array_module(dy).zeros(shape, dtype=dy.dtype)
     dx[at] = dy
     return dx
+
+
+def huber_forward(y, target, delta=1.0):
+    """y, target (...) -> mean of e²/2 where |e| <= delta, else of delta (|e| - delta/2);
+    e = y - target"""
+    xp, e = array_module(y), y - target
+    size = xp.abs(e)
+    loss = xp.where(size <= delta, 0.5 * e * e, delta * (size - 0.5 * delta)).mean()
+    return loss, (e, delta)
+
+
+def huber_backward(dloss, cache):
+    """dloss (a number) -> dy, dtarget = -dy.   ∂(loss of e)/∂e = e, cut at ±delta"""
+    e, delta = cache
+    dy = array_module(e).clip(e, -delta, delta) * (dloss / e.size)
+    return dy, -dy
 
 
 def softmax_cross_entropy_forward(logits, targets, ignore=-1, consume_logits=False):

@@ -789,6 +789,12 @@ def layer_arguments(rng):
     yield "dropout", (x, 0.3)
     yield "skip", (x, bias, 2 * x)
     yield "gate", (x, 2 * x)
+    gru = [rng.standard_normal(shape) for shape in ((9, D), (9, 3), (9,), (9,))]
+    yield "gru", (x, *gru)
+    yield "gru", (x, *gru, rng.standard_normal((B, 3)), True)
+    lstm = [rng.standard_normal(shape) for shape in ((2, L, 3), (12, D), (12, 3), (12,), (12,))]
+    yield "lstm_cell", (x[0], *lstm)
+    yield "huber", (x, 2 * x[::-1].copy(), 0.8)
 
 
 LAYERS = list(layer_arguments(np.random.default_rng(0)))

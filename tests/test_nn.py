@@ -400,6 +400,71 @@ def test_layers_agree_with_pytorch():
             assert error(grad, tensor.grad.numpy()) < 1e-12
 
 
+def test_recurrent_cells_agree_with_pytorch():
+    torch = pytest.importorskip("torch", reason="torch is not installed: no comparison with it")
+    rng = np.random.default_rng(0)
+
+    def module(kind, gates, I=3, H=4):
+        """A PyTorch cell with our random W, U, b, c"""
+        weights = [rng.standard_normal(s) for s in ((gates * H, I), (gates * H, H))]
+        weights += [rng.standard_normal(gates * H) for _ in "bc"]
+        built = kind(I, H, **({"batch_first": True} if kind is torch.nn.GRU else {})).double()
+        for p, w in zip(built.parameters(), weights, strict=True):
+            p.data = torch.tensor(w)
+        return built, weights
+
+    def compare(grads, tensors):
+        for grad, tensor in zip(grads, tensors, strict=True):
+            assert error(grad, tensor.grad.numpy()) < 1e-13
+
+    for L, last in ((1, False), (2, True), (3, False), (7, True)):
+        gru, weights = module(torch.nn.GRU, 3)
+        x, h0 = rng.standard_normal((5, L, 3)), rng.standard_normal((5, 4))
+        inputs = [torch.tensor(a, requires_grad=True) for a in (x, h0)]
+        expected, final = gru(inputs[0], inputs[1][None])
+        expected = final[0] if last else expected
+        y, cache = nn.gru_forward(x, *weights, h0, last)
+        assert error(y, expected.detach().numpy()) < 1e-14
+        dy = rng.standard_normal(y.shape)
+        expected.backward(torch.tensor(dy))
+        compare(nn.gru_backward(dy, cache), [inputs[0], *gru.parameters(), inputs[1]])
+    cell, weights = module(torch.nn.LSTMCell, 4)
+    x, state = rng.standard_normal((5, 3)), rng.standard_normal((2, 5, 4))
+    inputs = [torch.tensor(a, requires_grad=True) for a in (x, state)]
+    expected = torch.stack(cell(inputs[0], (inputs[1][0], inputs[1][1])))
+    y, cache = nn.lstm_cell_forward(x, state, *weights)
+    assert error(y, expected.detach().numpy()) < 1e-14
+    dy = rng.standard_normal(y.shape)
+    expected.backward(torch.tensor(dy))
+    compare(nn.lstm_cell_backward(dy, cache), [*inputs, *cell.parameters()])
+
+
+def test_huber_agrees_with_pytorch():
+    torch = pytest.importorskip("torch", reason="torch is not installed: no comparison with it")
+    rng = np.random.default_rng(0)
+    arrays = [3 * rng.standard_normal((5, 4)), rng.standard_normal((5, 4))]
+    arrays[0][0], arrays[1][0] = [0.5, -0.5, 0.2, 9], 0  # at the threshold itself, and beyond
+    for delta in (0.5, 1.0, 30.0):
+        tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+        expected = torch.nn.functional.huber_loss(*tensors, delta=delta)
+        loss, cache = nn.huber_forward(*arrays, delta)
+        assert error(loss, expected.item()) < 1e-14
+        (1.7 * expected).backward()
+        for grad, tensor in zip(nn.huber_backward(1.7, cache), tensors, strict=True):
+            assert error(grad, tensor.grad.numpy()) < 1e-14
+
+
+def test_a_gru_goes_on_from_its_state():
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(s) for s in ((12, 3), (12, 4), (12,), (12,))]
+    x = rng.standard_normal((2, 11, 3))
+    y, _ = nn.gru_forward(x, *weights)
+    start, _ = nn.gru_forward(x[:, :4], *weights, last=True)
+    assert error(nn.gru_forward(x[:, 4:], *weights, start)[0], y[:, 4:]) < 1e-15
+    assert (y[:, 3] == start).all()
+    assert (nn.gru_forward(x, *weights, np.zeros((2, 4)))[0] == y).all()
+
+
 def test_long_sums_do_not_lose_float32():
     rng = np.random.default_rng(0)
     dy = (1 + rng.random((8, 4096, 3))).astype("float32")
