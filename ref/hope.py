@@ -151,11 +151,8 @@ def sample_backward(dg, cache):
         dh = (dg[:, None, :] @ powers.conj())[:, 0].astype(backend.complex_dtype(log_dt.dtype))
         i1 = xp.arange(1, h.shape[1] + 1, dtype="float64")
         slope = (powers @ (i1 * h)[:, :, None].astype("complex128"))[:, :, 0]
-        dangle, s, c = (
-            (dg.conj() * slope).imag,
-            xp.sin(half),
-            xp.cos(half),
-        )  # Re(conj(dg) · -i slope)
+        dangle = (dg.conj() * slope).imag  # Re(conj(dg) · -i slope)
+        s, c = xp.sin(half), xp.cos(half)
         dlog_dt = (dangle * (-2 * dt * s * c / (s * s + dt * dt * c * c))).sum(axis=1)
         dlog_dt = dlog_dt.astype(log_dt.dtype)
     return dh if h.dtype.kind == "c" else dh.real, dlog_dt
