@@ -28,7 +28,7 @@ from ref.presets import Recipe
 from train import main, optimiser_groups
 
 GOLDEN = Path(__file__).parent / "golden"
-FILES = sorted([*GOLDEN.glob("hyena_*.safetensors"), *GOLDEN.glob("l2t_student_*.safetensors")])
+FILES = sorted([*GOLDEN.glob("hyena_*.safetensors"), *GOLDEN.glob("l2t_student_?.safetensors")])
 STUDENT = dict(filter="gated", recurrence="residual", block="bare")
 KINDS = [
     dict(),
