@@ -75,7 +75,7 @@ def _conversion_options(command):
             "--hankel",
             type=click.Choice(["triangle", "rectangle"]),
             help="hankel: the matrix that is reduced. rectangle: closest over the horizon; "
-            "triangle: with a proven bound. [rectangle]",
+            "triangle: balanced truncation. [rectangle]",
         ),
         click.option(
             "--tol",

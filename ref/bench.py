@@ -310,6 +310,34 @@ def _ssm_benches(model):
     }
 
 
+def _part(model, part, cfg, B, L, xp):
+    """A part of a model on random input.   -> params, x, dy, and the call: forward and backward"""
+    rng, module = np.random.default_rng(0), network.model_module(model)
+    params = getattr(module, f"{part}_init")(cfg, rng)
+    params = {name: backend.to_device(p, xp) for name, p in params.items()}
+    widths = network.part_width(model, part, cfg), cfg.d_model
+    x, dy = (rng.standard_normal((B, L, width)).astype("float32") for width in widths)
+    x, dy = backend.to_device(x, xp), backend.to_device(dy, xp)
+    forward, backward = (getattr(module, f"{part}_{way}") for way in ("forward", "backward"))
+
+    def ours():
+        _, cache = forward(params, x, cfg)
+        return backward(dy, cache)
+
+    return params, x, dy, ours
+
+
+def _their_part(name, params, buffers, x, dy):
+    """The twin of that name in PyTorch, which has the channels before the time: the same call"""
+    torch, layer = _torch(), getattr(_twins(), name)
+    constants = {name: params[name] for name in buffers}
+    trained = {name: p for name, p in params.items() if name not in constants}
+    p = _tensors(trained, True) | _tensors(constants, False)
+    own, dout = (torch.from_dlpack(a).mT.contiguous() for a in (x, dy))
+    inputs = (own.requires_grad_(), *(p[name] for name in trained))
+    return lambda: torch.autograd.grad(layer(p, own), inputs, dout)
+
+
 # Hyena
 
 
@@ -317,28 +345,13 @@ def hyena_layer(part, xp, against=None, small=False):
     """The operator or the mixer at (B, L, D) = (8, 2048, 128), order 2, forward and backward,
     float32"""
     B, L, D = (1, 16, 4) if small else (8, 2048, 128)
-    rng, cfg = np.random.default_rng(0), hyena.Config(d_model=D, l_max=L)
-    params = getattr(hyena, f"{part}_init")(cfg, rng)
-    params = {name: backend.to_device(p, xp) for name, p in params.items()}
-    width = network.part_width("hyena", part, cfg)
-    x, dy = (rng.standard_normal((B, L, C)).astype("float32") for C in (width, D))
-    x, dy = backend.to_device(x, xp), backend.to_device(dy, xp)
-    forward, backward = (getattr(hyena, f"{part}_{way}") for way in ("forward", "backward"))
-
-    def ours():
-        _, cache = forward(params, x, cfg)
-        return backward(dy, cache)
-
-    def theirs():
-        torch, layer = _torch(), getattr(_twins(), f"hyena_{part}")
-        constants = {name: params[name] for name in hyena.buffers(cfg)}
-        trained = {name: p for name, p in params.items() if name not in constants}
-        p = _tensors(trained, True) | _tensors(constants, False)
-        own, dout = (torch.from_dlpack(a).mT.contiguous() for a in (x, dy))
-        inputs = (own.requires_grad_(), *(p[name] for name in trained))
-        return lambda: torch.autograd.grad(layer(p, own), inputs, dout)
-
-    return {"ours": ours}, {"PyTorch, FFTs of 2L, autograd": theirs()} if against else {}
+    cfg = hyena.Config(d_model=D, l_max=L)
+    params, x, dy, ours = _part("hyena", part, cfg, B, L, xp)
+    calls = {}
+    if against:
+        theirs = _their_part(f"hyena_{part}", params, hyena.buffers(cfg), x, dy)
+        calls["PyTorch, FFTs of 2L, autograd"] = theirs
+    return {"ours": ours}, calls
 
 
 # TNN
@@ -347,32 +360,17 @@ def hyena_layer(part, xp, against=None, small=False):
 def tnn_layer(part, xp, against=None, small=False):
     """The operator, or the mixer with one of three times the width, at (B, L, D) = (8, 2048, 128),
     causal with a fixed decay, forward and backward, float32"""
-    shape = (1, 16, 4) if small else (8, 2048, 128)
+    B, L, D = (1, 16, 4) if small else (8, 2048, 128)
     ratio = 1.0 if part == "operator" else 3.0
-    cfg = tnn.Config(d_model=shape[2], expand_ratio=ratio, use_decay=True, gamma=0.99)
-    rng, name = np.random.default_rng(0), f"tnn_{part}"
-    params = getattr(tnn, f"{part}_init")(cfg, rng)
-    params = {name: backend.to_device(p, xp) for name, p in params.items()}
-    x, dy = backend.to_device(rng.standard_normal((2, *shape)).astype("float32"), xp)
-    forward, backward = (getattr(tnn, f"{part}_{way}") for way in ("forward", "backward"))
-
-    def ours():
-        _, cache = forward(params, x, cfg)
-        return backward(dy, cache)
-
-    def theirs():
-        torch, layer = _torch(), getattr(_twins(), name)
-        constants = {name: params[name] for name in tnn.buffers(cfg)}
-        trained = {name: p for name, p in params.items() if name not in constants}
-        p = _tensors(trained, True) | _tensors(constants, False)
-        own, dout = (torch.from_dlpack(a).mT.contiguous() for a in (x, dy))
-        inputs = (own.requires_grad_(), *(p[name] for name in trained))
-        return lambda: torch.autograd.grad(layer(p, own), inputs, dout)
-
-    calls = {"PyTorch, FFTs of 2L, autograd": theirs} if against else {}
+    cfg = tnn.Config(d_model=D, expand_ratio=ratio, use_decay=True, gamma=0.99)
+    params, x, dy, ours = _part("tnn", part, cfg, B, L, xp)
+    calls = {}
+    if against:
+        theirs = _their_part(f"tnn_{part}", params, tnn.buffers(cfg), x, dy)
+        calls["PyTorch, FFTs of 2L, autograd"] = theirs
     if against and importlib.util.find_spec("tnn_pytorch"):
-        calls["tnn-pytorch"] = lambda: _their_tnn(part, params, x, dy, cfg)
-    return {"ours": ours}, {title: call() for title, call in calls.items()}
+        calls["tnn-pytorch"] = _their_tnn(part, params, x, dy, cfg)
+    return {"ours": ours}, calls
 
 
 def _their_tnn(part, params, x, dy, cfg):
@@ -505,17 +503,9 @@ def _sizes(sizes):
 
 def scan_layer(model, xp, against=None, small=False, part="mixer"):
     """The mixer or the block at (B, L, D) = (8, 2048, 128), forward and backward, float32"""
-    shape = (1, 16, 8) if small else (8, 2048, 128)
-    rng, module = np.random.default_rng(0), network.model_module(model)
-    cfg = module.Config(d_model=shape[2])
-    params = getattr(module, f"{part}_init")(cfg, rng)
-    params = {name: backend.to_device(p, xp) for name, p in params.items()}
-    x, dy = backend.to_device(rng.standard_normal((2, *shape)).astype("float32"), xp)
-    forward, backward = (getattr(module, f"{part}_{way}") for way in ("forward", "backward"))
-
-    def ours():
-        _, cache = forward(params, x, cfg)
-        return backward(dy, cache)
+    B, L, D = (1, 16, 8) if small else (8, 2048, 128)
+    cfg = network.model_module(model).Config(d_model=D)
+    params, x, dy, ours = _part(model, part, cfg, B, L, xp)
 
     def theirs(form):
         p, (own,), (dout,) = _tensors(params, True), _tensors((x,), True), _tensors((dy,), False)
