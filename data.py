@@ -124,11 +124,78 @@ def windowed(data, window):
     """A language model's Data with windows of so many tokens.   Error: a split is shorter"""
     for name in ("train", "valid", "test"):
         if len(getattr(data, name)) < window:
-            raise Error(
-                f"{data.name}: the {name} split has {len(getattr(data, name)) + 1:,} tokens, too "
-                f"few for a window of {window:,} and the token after it; use a shorter window."
-            )
+            raise _too_short(data.name, name, getattr(data, name), window)
     return dataclasses.replace(data, window=window, max_length=window)
+
+
+def _too_short(where, name, split, window):
+    return Error(
+        f"{where}: the {name} split has {len(split) + 1:,} tokens, too few for a window of "
+        f"{window:,} and the token after it; use a shorter window."
+    )
+
+
+def part(data, count):
+    """Data with only the first `count` tokens of its training split, a stream, or with so many of
+    its samples: a random choice, always the same, for some splits are sorted by class.
+
+    Vocabulary and baselines stay those of the whole.   Error: count is below 1 or a window and the
+    token after it, or more than there are.
+    """
+    least, most, unit = _amounts(data)
+    if not least <= count <= most:
+        raise Error(
+            f"{data.name}: {count:,} training {unit} are asked for; expected from {least:,} to "
+            f"{most:,}."
+        )
+    if data.window:
+        train = _stream(data.train.values[:count])
+    else:
+        order = np.random.default_rng(0).permutation(most)
+        train = _chosen(data, np.sort(order[:count]))
+    source = f"{data.source}; only {count:,} of {most:,} training {unit}"
+    return dataclasses.replace(data, train=train, source=source)
+
+
+def held_out(data, share):
+    """-> Data without that share of its training split, Split of what is left out.
+
+    Of a stream that is the tail, of samples a random choice, always the same. No target of one part
+    is in the other. Vocabulary and baselines stay those of the whole.
+    Error: share not between 0 and 1, a part without a sample, or a window and the token after it.
+    """
+    if not 0 < share < 1:
+        raise Error(f"The share to hold out is {share}; expected a number between 0 and 1.")
+    least, most, unit = _amounts(data)
+    count = round(share * most)
+    if not least <= count <= most - least:
+        raise Error(
+            f"{data.name}: a share of {share} holds out {count:,} of {most:,} training {unit}; "
+            f"expected at least {least:,} in either part."
+        )
+    if data.window:
+        train, held = map(_stream, np.split(data.train.values, [most - count]))
+    else:
+        order = np.random.default_rng(0).permutation(most)
+        train, held = (_chosen(data, np.sort(part)) for part in np.split(order, [most - count]))
+    source = f"{data.source}; {count:,} of {most:,} training {unit} held out"
+    return dataclasses.replace(data, train=train, source=source), held
+
+
+def _amounts(data):
+    """-> the least that a training split can have, what it has, of what"""
+    if data.window:
+        return data.window + 1, len(data.train.values), f"{data.unit}s"
+    return 1, len(data.train), "samples"
+
+
+def _chosen(data, samples):
+    """Split of the training samples of these indices (B,)."""
+    split = data.train
+    rows = (samples[:, None] * data.documents + np.arange(data.documents)).ravel()
+    parts = [split.values[split.offsets[row] : split.offsets[row + 1]] for row in rows]
+    offsets = np.concatenate([[0], np.cumsum(split.lengths[rows])])
+    return Split(np.concatenate(parts), offsets, split.targets[samples])
 
 
 def _cut_texts(data, most):
@@ -157,37 +224,40 @@ EVALUATION_NOISE = 1  # beside a sample's place in its split: the seed of its no
 PROTOCOLS = ("stream", "sliding")  # of the evaluation of a language model
 
 
-def steps_per_epoch(data, batch_size):
-    """Training batches in every epoch."""
-    return sum(max(len(b) // batch_size, 1) for b in _buckets(data.train, data, batch_size))
+def steps_per_epoch(data, batch_size, stride=0):
+    """Training batches in every epoch; stride as in train_batches."""
+    buckets = _buckets(data.train, data, batch_size, stride=stride)
+    return sum(max(len(bucket) // batch_size, 1) for bucket in buckets)
 
 
-def train_batches(data, batch_size, seed, start=0):
+def train_batches(data, batch_size, seed, start=0, stride=0):
     """Endless iterator of (epoch, Batch) from step `start` on.
 
     Batch number `step` is a function of (data, batch_size, seed, step) alone. Every epoch shuffles
     each bucket of one padded length and cuts it into full batches; what is left over sits it out,
     but a bucket smaller than a batch gives one smaller batch. Then the batches are shuffled. Noise
-    is drawn anew for each. A stream is cut into windows from an offset that is drawn anew for each
-    epoch.   Error: batch_size below 1, seed or start below 0, an empty split.
+    is drawn anew for each. Of a stream, an epoch has by the stride
+        0      windows beside each other, from an offset that is drawn anew for each epoch;
+        s > 0  the windows that start at every s-th token; with 1 all (the L2T-Hyena code's).
+    Error: batch_size below 1, seed, start or stride below 0, an empty split, a stride of samples.
     """
-    buckets = _buckets(data.train, data, batch_size)
+    buckets = _buckets(data.train, data, batch_size, stride=stride)
     if seed < 0 or start < 0:
         raise Error(f"Seed and step are {seed} and {start}; expected both to be at least 0.")
-    return _train_batches(data, buckets, batch_size, seed, start)
+    return _train_batches(data, buckets, batch_size, seed, start, stride)
 
 
-def _train_batches(data, buckets, batch_size, seed, start):
-    epoch, skip = divmod(start, steps_per_epoch(data, batch_size))
+def _train_batches(data, buckets, batch_size, seed, start, stride):
+    epoch, skip = divmod(start, steps_per_epoch(data, batch_size, stride))
     while True:
         rng = np.random.default_rng([seed, epoch])
         offset = 0
-        if data.window:  # any at which all windows and the token after the last one fit
+        if data.window and not stride:  # any at which the windows and the token after them fit
             offset = rng.integers(len(data.train) - len(buckets[0]) * data.window + 1)
         batches = []
         for bucket in buckets:
             shuffled, size = offset + rng.permutation(bucket), min(batch_size, len(bucket))
-            batches += np.split(shuffled[: len(bucket) // size * size], len(bucket) // size)
+            batches += list(shuffled[: len(bucket) // size * size].reshape(-1, size))
         order = rng.permutation(len(batches))
         for number in range(skip, len(order)):
             # From 1 on: NumPy takes (seed, epoch, 0) for (seed, epoch), the generator above.
@@ -224,6 +294,22 @@ def eval_samples(split, data, batch_size, protocol="stream"):
     return sum(map(len, _buckets(split, data, batch_size, protocol)))
 
 
+def drawn(split, data, batch_size, rng):
+    """Batch of so many samples of one padded length, or windows, drawn from the split by rng.
+
+    Each sample, or window at any start, is equally likely. None comes twice unless there are fewer
+    than batch_size of its padded length. Noise is rng's too.
+    Error: batch_size below 1, a split that is empty or shorter than a window.
+    """
+    if data.window > len(split):
+        raise _too_short(data.name, "given", split, data.window)
+    buckets = _buckets(split, data, batch_size, stride=min(data.window, 1))
+    sizes = np.array([len(bucket) for bucket in buckets])
+    bucket = buckets[rng.choice(len(buckets), p=sizes / sizes.sum())]
+    samples = rng.choice(bucket, batch_size, replace=len(bucket) < batch_size)
+    return _batch(split, data, samples, rng)
+
+
 def targets_of_batch(data, batch_size):
     """Positions with a target in a batch of training, when every position can have one."""
     if data.window:
@@ -231,21 +317,26 @@ def targets_of_batch(data, batch_size):
     return batch_size * int((data.train.targets[:1] >= 0).sum())
 
 
-def _buckets(split, data, batch_size, protocol="train"):
+def _buckets(split, data, batch_size, protocol="train", stride=0):
     """Indices of the samples of each padded length, or starts of windows, in ascending order."""
     if batch_size < 1:
         raise Error(f"The batch size is {batch_size}; expected at least 1.")
+    if stride < 0 or (stride and not data.window):
+        fits = "at least 0" if data.window else "0, for it has samples and no windows"
+        raise Error(f"{data.name}: the stride of training windows is {stride}; expected {fits}.")
     if len(split) == 0:
         raise Error("The split has no samples; expected at least one to make batches of.")
     if data.window:
-        return _window_buckets(len(split), data.window, batch_size, protocol)
+        return _window_buckets(len(split), data.window, batch_size, protocol, stride)
     longest = split.lengths.reshape(-1, data.documents).max(axis=1)
     padded = _padded(longest + data.noise, data.grid)
     return [np.flatnonzero(padded == length) for length in np.unique(padded)]
 
 
-def _window_buckets(targets, window, batch_size, protocol):
+def _window_buckets(targets, window, batch_size, protocol, stride):
     """Starts of windows in a stream with so many targets; one that is cut short comes first."""
+    if stride:  # in the smallest type: there are as many as tokens
+        return [np.arange(0, targets - window + 1, stride, np.min_scalar_type(-targets))]
     if protocol == "train":  # one less than fit where there are several, so that offsets differ
         return [window * np.arange(max(targets // window - 1, 1))]
     if protocol == "sliding":

@@ -4,6 +4,7 @@ One explicit loop, in `run`. What it does at a step is a pure function of (setti
 that was killed and resumed ends with the same bits as one that was not.
 """
 
+import functools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import click
 import numpy as np
 
 import data as data_sets
-from ref import Error, __version__, backend, network, nn, optim, presets, runs
+from ref import Error, __version__, backend, network, nn, optim, presets, rounds, runs, teaching
 from ref.files import check_writable, remove_leftovers, write_atomically
 from ref.options import named, options_of, run_command
 
@@ -41,28 +42,35 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
         download=download,
     )
     cfg, recipe = network_config(settings, data), presets.Recipe(**settings["recipe"])
+    whole, (data, meta) = data, training_part(settings, data, recipe)
     settings = settings | {"layer": asdict(cfg.layer)}
     if data.window:
         settings["max_length"] = data.window  # what a conversion takes for its horizon
-    recorded = {"machine": runs.machine(xp), "data_checksum": runs.data_checksum(data)}
+    recorded = {"machine": runs.machine(xp), "data_checksum": runs.data_checksum(whole)}
     recorded["vocabulary"] = list(data.vocabulary) if data.window else []
     if resume:
         runs.check_same(settings, recorded)
 
-    seed = settings["seed"]
+    seed, checkpoint, best = settings["seed"], out / "checkpoint.safetensors", out / BEST
     params = network.init(cfg, np.random.default_rng(seed), settings["dtype"])
     groups = optimiser_groups(params, cfg, recipe)
     moments = optim.adamw_init({name: p for name, p in params.items() if groups[name].lr})
     state = {"step": 0, "total": planned_steps(recipe, data), "seconds": 0.0, "recent": []}
-    checkpoint = out / "checkpoint.safetensors"
+    state["best"] = {}
+    kept = checkpoint if resume or eval_only else None
+    teacher = make_teacher(settings, cfg, groups, data, meta, xp, kept)
     if eval_only or (resume and checkpoint.exists()):  # it may have been killed before the first
-        params, moments, state = runs.load_checkpoint(checkpoint, params, moments)
+        own = params, moments, teaching.tensors_of(teacher.state)
+        params, moments, state, tensors = runs.load_checkpoint(checkpoint, *own)
+        teacher.state = teaching.restored(teacher.state, tensors, xp)
+        if eval_only and state["best"]:
+            params, *_ = runs.load_checkpoint(best, params)
     step, total, before = state["step"], state["total"], time.monotonic() - state["seconds"]
     describe(settings, params, cfg, recipe, data, total, xp)
     params = {name: backend.to_device(p, xp) for name, p in params.items()}
     moments = {name: backend.to_device(p, xp) for name, p in moments.items()}
     if lengths:
-        return evaluate_lengths(params, cfg, data, recipe, lengths, out, state)
+        return evaluate_lengths(params, cfg, whole, recipe, lengths, out, state)
     if eval_only:
         test = evaluate(params, cfg, data.test, data, recipe)
         return report(test, data, recipe, state)
@@ -74,12 +82,13 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
     log = runs.Log(out, step, state["recent"], recipe.log_every)
     budget = runs.Budget(settings["minutes"])
     saved_at = -math.inf
-    batches = data_sets.train_batches(data, recipe.batch_size, seed, start=step)
+    batches = data_sets.train_batches(data, recipe.batch_size, seed, step, recipe.train_stride)
     with runs.Interrupt() as interrupt, runs.Progress(step, total) as progress:
         while True:
             seconds = time.monotonic() - before
             done = step >= total or (step > 0 and budget.spent(seconds))
-            if step and (step % recipe.eval_every == 0 or done) and log.evaluated < step:
+            passed = step % recipe.eval_every < teacher.steps  # a round may end beyond
+            if step and (passed or done) and log.evaluated < step:
                 progress.evaluating()
                 loss, accuracy = evaluate(params, cfg, data.valid, data, recipe, interrupt)
                 if not interrupt.asked:
@@ -90,53 +99,61 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
                         f"step {step}: validation loss {loss:.4f}{said(loss, data)}, "
                         f"accuracy {accuracy:.4f}"
                     )
+                    if recipe.select == "best" and loss < state["best"].get("loss", math.inf):
+                        state["best"] = {"step": step, "loss": loss}
+                        runs.save_checkpoint(best, params, {}, state)
             stop = done or interrupt.asked
-            due = step % recipe.save_every == 0 if recipe.save_every else seconds - saved_at > 30
+            due = seconds - saved_at > 30
+            if recipe.save_every:
+                due = step % recipe.save_every < teacher.steps
             if stop or due:
-                state = {"step": step, "total": total, "seconds": seconds, "recent": log.recent}
-                runs.save_checkpoint(checkpoint, params, moments, state)
+                state |= {"step": step, "total": total, "seconds": seconds, "recent": log.recent}
+                learned = teaching.tensors_of(teacher.state)
+                runs.save_checkpoint(checkpoint, params, moments, state, learned)
                 saved_at = seconds
             if stop:
                 break
 
-            epoch, batch = next(batches)
-            step += 1
-            rng = np.random.default_rng([seed, step])
+            drawn = [next(batches) for _ in range(min(teacher.steps, total - step))]
+            first, step = step + 1, step + len(drawn)
 
-            logits, targets, cache = forward(params, batch, cfg, rng)
-            loss, loss_cache = nn.softmax_cross_entropy_forward(
-                logits, targets, consume_logits=True
-            )
-            _, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
-            grads = {name: g for name, g in grads.items() if groups[name].lr}
+            def schedule(step, total=total):
+                return optim.warmup_cosine(step, total, recipe.warmup)
 
-            loss, norm = backend.item(loss), optim.gradient_norm(grads)
-            if not math.isfinite(loss + norm):
-                raise Error(
-                    f"the loss is {loss} and the gradient's norm {norm} at step {step}; the last "
-                    f"checkpoint is of step {state['step']}. {runs.DIVERGED}"
-                )
-            if recipe.clip:
-                grads = optim.clip(grads, norm, recipe.clip)
-            schedule = optim.warmup_cosine(step, total, recipe.warmup)
-            optim.adamw_update(params, grads, moments, step, groups, schedule)
-            params |= network.running_statistics(params, cache)
+            if teacher.in_rounds:
+                own = params, moments, [batch for _, batch in drawn]
+                params, moments, lines = teacher.round(*own, first, total, schedule)
+            else:
+                ((_, batch),) = drawn
+                own = params, moments, batch, step, total, schedule(step)
+                lines = [teaching.train_step(*own, teacher, cfg, recipe, groups, seed)]
 
-            accuracy = backend.item(nn.softmax_cross_entropy_correct(loss_cache).mean())
-            del logits, loss_cache, cache, grads  # before the next step makes its own
             seconds = time.monotonic() - before
-            more = {"gradient_norm": norm, "lr": schedule * recipe.lr, "epoch": epoch}
-            log.add(step, loss, accuracy, **more, seconds=round(seconds, 2))
+            for at, (line, (epoch, _)) in enumerate(zip(lines, drawn, strict=True), first):
+                loss, norm = line["loss"], line["gradient_norm"]
+                if not math.isfinite(loss + norm) and recipe.on_nan == "stop":
+                    raise Error(
+                        f"the loss is {loss} and the gradient's norm {norm} at step {at}; the last "
+                        f"checkpoint is of step {state['step']}. {runs.DIVERGED}"
+                    )
+                more = {"lr": schedule(at) * recipe.lr, "epoch": epoch}
+                log.add(at, **line, **more, seconds=round(seconds, 2))
+                progress.update(at, total, *log.running())
             total = budget.total(step, total, seconds)
-            progress.update(step, total, *log.running())
 
         progress.evaluating()
+        if state["best"]:
+            params, *_ = runs.load_checkpoint(best, params)
+            params = {name: backend.to_device(p, xp) for name, p in params.items()}
         test = evaluate(params, cfg, data.test, data, recipe, interrupt)
 
     if interrupt.asked:
         print(f"Stopped after step {step}; everything is saved. To go on:\n    {resume_command}")
         return None
     result = report(test, data, recipe, state)
+    if settings["teaching"] or recipe.double_embedding:
+        result["teacher"] = settings["teaching"].get("teacher", "none")
+        result["quirks"] = teaching.quirks_on(settings["teaching"], recipe)
     write_json(out / "result.json", result)
     draw_curves(out)
     if step < total < math.inf:
@@ -208,19 +225,42 @@ def planned_steps(recipe, data):
     return math.ceil(recipe.epochs * per_epoch) if recipe.epochs else math.inf
 
 
-def forward(params, batch, cfg, rng=None):
-    """-> logits and targets, of the samples or of the positions with a target; cache"""
-    xp = backend.array_module(params["encoder.weight"])
-    x, targets, lengths = (backend.to_device(a, xp) for a in batch)
-    if cfg.decoder != "lm":
-        logits, cache = network.forward(params, x, cfg, lengths, rng)
-    elif batch.targets.min() >= 0:
-        logits, cache = network.forward(params, x, cfg, rng=rng)
+def training_part(settings, data, recipe):
+    """The data with the part of the training split that is trained on, and the held-out Split of a
+    teacher that asks for one.   Error: a part is empty"""
+    if recipe.train_size:
+        data = data_sets.part(data, recipe.train_size)
+    teacher = settings["teaching"]
+    if teacher.get("teacher") not in ("hypergrad", "lstm"):
+        return data, None
+    if teacher["meta_split"] == "tail":
+        return data_sets.held_out(data, teacher["meta_share"])
+    return data, getattr(data, teacher["meta_split"])
+
+
+def make_teacher(settings, cfg, groups, data, meta, xp, kept=None):
+    """What gives the student its loss; see ref.teaching.   kept: the checkpoint that is resumed
+    from.   Error: it and the student do not go together"""
+    seed, dtype, recipe = settings["seed"], settings["dtype"], presets.Recipe(**settings["recipe"])
+    if recipe.double_embedding and not cfg.tied:
+        raise Error("--double-embedding is for an embedding that decodes, too: --tied yes.")
+    if not settings["teaching"]:
+        return teaching.CrossEntropy()
+    own = teaching.Config(**settings["teaching"])
+    if own.teacher == "static":
+        schedule = teaching.replayed(Path(own.replay), kept) if own.weights == "replay" else None
+        return teaching.Static(own, seed, schedule)
+    if own.teacher == "released":
+        teacher = teaching.Released(own, seed, teaching.positions(data), dtype)
     else:
-        where = targets >= 0
-        logits, cache = network.forward(params, x, cfg, rng=rng, where=where)
-        targets = targets[where]
-    return logits, targets, cache
+        size = own.meta_batch_size or recipe.batch_size
+
+        def draw(rng):
+            return data_sets.drawn(meta, data, size, rng)
+
+        teacher = rounds.Rounds(own, cfg, groups, recipe, draw, seed, dtype)
+    teacher.state = teaching.restored(teacher.state, teaching.tensors_of(teacher.state), xp)
+    return teacher
 
 
 def evaluate(params, cfg, split, data, recipe, interrupt=None):
@@ -242,7 +282,7 @@ def evaluate(params, cfg, split, data, recipe, interrupt=None):
 
 def scores(params, batch, cfg):
     """-> mean loss over the targets of a batch, and which of them are guessed right"""
-    logits, targets, _ = forward(params, batch, cfg)
+    logits, targets, _ = network.predict(params, batch, cfg)
     loss, cache = nn.softmax_cross_entropy_forward(logits, targets, consume_logits=True)
     return loss, nn.softmax_cross_entropy_correct(cache)
 
@@ -329,6 +369,9 @@ def report(test, data, recipe, state):
     for name, value in data.loss_baselines.items():
         print(f"    {name}, loss: {value:.4f}{said(value, data)}")
     result = {"test_accuracy": accuracy, "test_loss": loss, "baselines": data.baselines}
+    if state["best"]:
+        print(f"    the network of step {state['best']['step']}, the best on the validation split")
+        result |= {"selected_step": state["best"]["step"], "valid_loss": state["best"]["loss"]}
     result |= {"step": step, "steps": planned, "seconds": round(seconds, 1), "test_samples": count}
     if data.loss_baselines:
         result["loss_baselines"] = data.loss_baselines
@@ -384,6 +427,7 @@ def draw_curves(out):
 
 # Command line
 
+BEST = "best.safetensors"  # the parameters that --select best keeps
 SLOW = 1e-5  # learning rate of Hyena's positions, as published
 FITTED = ("context", "depth")  # fields of a layer that follow from data set and recipe
 CHANGEABLE = ("device", "threads", "minutes", "data_dir")  # when a run is resumed
@@ -398,7 +442,7 @@ def main(arguments=None):
 
 def command(model):
     """The command with the options of `model`, or of all models when it is not a known one"""
-    models = [model] if model in network.MODELS else network.MODELS
+    models = [model] if model in network.NAMES else network.MODELS
     choice, option, positive = click.Choice, click.Option, click.FloatRange(0, min_open=True)
     preset = "small: ours, two cores and about ten minutes; paper: the published recipe. [small]"
     device = "auto: a GPU where one works. [auto]"
@@ -410,7 +454,7 @@ def command(model):
     )
     resume = f"Go on with the run in this folder; only {_names(CHANGEABLE)} can change."
     options = [
-        option(["--model"], type=choice(network.MODELS), help="The model."),
+        option(["--model"], type=choice(network.NAMES), help="The model."),
         option(["--data"], type=choice(data_sets.NAMES), help="The data set."),
         option(["--preset"], type=choice(presets.PRESETS), help=preset),
         option(["--device"], type=choice(["auto", "cpu", "cuda"]), help=device),
@@ -432,12 +476,21 @@ def command(model):
             ["--eval-only"], is_flag=True, help="With --resume: only evaluate on the test split."
         ),
         option(["--eval-lengths"], metavar="INTEGERS", help=lengths),
+        option(
+            ["--corrected"],
+            is_flag=True,
+            default=None,
+            help="--teacher released without the mistakes of the published code.",
+        ),
         option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version),
     ]
     layers = [network.model_module(name).Config for name in models]
     return click.Command(
         "train",
-        params=options + options_of(presets.Recipe, *layers, without=FITTED),
+        params=options
+        + options_of(
+            presets.Recipe, teaching.Config, *layers, without=FITTED, texts=teaching.TEXTS
+        ),
         callback=_train,
         context_settings={"max_content_width": 100},
         help="""Train a model on a data set.
@@ -477,7 +530,12 @@ def _train(resume, eval_only, eval_lengths, out, download, **options):
             raise click.UsageError(
                 f"--{name} is missing. Example: python train.py --model hope --data lra-listops"
             )
-    settings = _usable(presets.make_settings, options)
+    if options.get("replay"):
+        options["replay"] = os.path.abspath(os.path.expanduser(options["replay"]))
+    corrected = options.pop("corrected", False)
+    settings = _usable(functools.partial(presets.make_settings, corrected=corrected), options)
+    if corrected and settings["teaching"].get("teacher") != "released":
+        raise click.UsageError("--corrected is for --teacher released.")
     _check_rates(options, settings)
     out = Path(out or f"runs/{settings['model']}-{settings['data']}-{settings['seed']}")
     for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl", "result.json"):
@@ -489,7 +547,11 @@ def _train(resume, eval_only, eval_lengths, out, download, **options):
 
 
 def _check_rates(options, settings):
-    """UsageError for a rate of parameters that the model does not have: it would do nothing"""
+    """UsageError for a rate of parameters that the model does not have, or a setting of a teacher
+    that it does not have: it would do nothing"""
+    teacher = settings["teaching"].get("teacher", "none")
+    if names := teaching.unused(options, teacher):
+        raise click.UsageError(f"{_names(names)} does nothing with --teacher {teacher}.")
     module = network.model_module(settings["model"])
     there = set(module.groups(module.Config(**settings["layer"])).values())
     for name, group in (("ssm_lr", "ssm"), ("ssm_weight_decay", "ssm"), ("dt_lr", "dt")):

@@ -72,7 +72,7 @@ def load(run, dtype=None):
     layer = network.model_module(settings["model"]).Config(**settings["layer"])
     cfg = presets.network_config(settings, layer, "lm", len(vocabulary), len(vocabulary))
     params = network.init(cfg, np.random.default_rng(0), settings["dtype"])
-    params, _, _ = runs.load_checkpoint(run / "checkpoint.safetensors", params)
+    params, *_ = runs.load_checkpoint(run / "checkpoint.safetensors", params)
     return {name: p.astype(dtype or p.dtype) for name, p in params.items()}, cfg, vocabulary
 
 

@@ -1,5 +1,5 @@
 """What a case of model "l2t" is: features, dln, teacher, student-loss and unrolled, in published
-names."""
+names, those of the settings too."""
 
 import re
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ CASE_PARTS = {
 CASE_CONFIGS = {"unrolled": l2t_unrolled.Config}  # whose settings are not those of Config
 CASE_MODULES = (l2t, l2t_unrolled, hyena)  # whose pairs carry rounding
 STUDENT = {"block": "bare", "filter": "gated"}
+RENAMED = {"dln_layers": "n_layers", "dln_size": "layer_size", "dln_dropout": "dropout"}
+BOUNDS = ("clamp_low", "clamp_high")  # of the published clamp
 SIZES = {  # of a part: published name, the field of Config that its shape says, the axis
     "features": (),
     "dln": (("batch_norm.weight", "gru_size", 0), ("net.0.weight", "layer_size", 0)),
@@ -43,12 +45,21 @@ LAYERS = {  # published names, of which there is one for each layer
 
 @dataclass(frozen=True)
 class Config(l2t.Config):
-    """The settings of a case; of student-loss n_layers and what follows are the student's."""
+    """The settings of a case; of student-loss n_layers and what follows are the student's.
 
+    Fields of l2t.Config that have other names than the published settings follow from these.
+    """
+
+    dln_layers: object = None
+    dln_size: object = None
+    dln_dropout: object = None
+    clamp_low: object = None
+    clamp_high: object = None
     n_layers: int = 2
     layer_size: int = 12
-    teacher_size: int = 12
     dropout: float = 0.0
+    clamp: tuple = (0.05, 0.95)
+    teacher_size: int = 12
     filter: str = "gated"
     recurrence: str = "residual"
     order: int = 2
@@ -58,6 +69,13 @@ class Config(l2t.Config):
     context_length: int = 0  # 0: as long as the input
 
     def __post_init__(self):
+        published = RENAMED | dict.fromkeys(BOUNDS, "clamp")
+        for own, name in published.items():
+            if getattr(self, own) is not None:
+                raise Error(f"{own}: the settings of a case have the published name, {name}.")
+        values = {own: getattr(self, name) for own, name in RENAMED.items()}
+        for own, value in (values | dict(zip(BOUNDS, _bounds(self.clamp), strict=True))).items():
+            object.__setattr__(self, own, value)
         super().__post_init__()
         if self.dropout:
             raise Error(f"dropout={self.dropout}: cases are without dropout.")
@@ -72,8 +90,6 @@ def config_of(settings, tensors, part):
     """The Config of a case: sizes off its published tensors' shapes, the rest from its settings"""
     if part == "unrolled":
         return l2t_unrolled.config_of(settings, tensors)
-    if "clamp" in settings:
-        settings = settings | {"clamp": _bounds(settings["clamp"])}
     sizes = {}
     for name, field, axis in SIZES[part]:
         t = tensors.get(f"param.{name}")
@@ -90,9 +106,10 @@ def config_of(settings, tensors, part):
 
 def _bounds(clamp):
     number = (int, float)
-    if not (isinstance(clamp, (list, tuple)) and all(type(v) in number for v in clamp)):
+    two = isinstance(clamp, (list, tuple)) and len(clamp) == 2
+    if not (two and all(type(v) in number for v in clamp)):
         raise Error(f"the setting clamp={clamp!r}: expected a list of two numbers.")
-    return tuple(clamp)
+    return clamp
 
 
 def _student(cfg, L=1):
@@ -107,7 +124,7 @@ def _student(cfg, L=1):
 
 def _networks(cfg, part):
     """prefix -> (names {ours: theirs}, init) of a part's networks"""
-    dln = l2t.dln_names(cfg.n_layers), l2t.dln_init
+    dln = l2t.dln_names(cfg.dln_layers), l2t.dln_init
     if part == "teacher":
         return {"dln.": dln, "teacher.": (l2t.teacher_names(), l2t.teacher_init)}
     return {"": dln} if part == "dln" else {}
@@ -122,7 +139,8 @@ def case_sources(part, cfg, B, L, rng):
     """A random case's inputs and parameters, off special values.   Error: too few sequences"""
     if part == "unrolled":
         return l2t_unrolled.case_sources(cfg, B, L, rng)
-    weights, F = rng.uniform(0.1, 0.9, B), rng.standard_normal((B, L, l2t.CHANNELS))
+    weights = rng.uniform(0.1, 0.9, (B, L) if cfg.granularity == "token" else B)
+    F = rng.standard_normal((B, L, l2t.CHANNELS))
     y = rng.integers(0, cfg.vocab_size, (B, L))
     inputs = {
         "features": {"logits": rng.standard_normal((B, L, cfg.vocab_size)), "y": y},
@@ -160,7 +178,7 @@ def _features(cfg, params, inputs, douts):
 
 
 def _dln(cfg, params, inputs, douts):
-    F, names = inputs["features"], l2t.dln_names(cfg.n_layers)
+    F, names = inputs["features"], l2t.dln_names(cfg.dln_layers)
     _check_features("features", F)
     w, cache = l2t.dln_forward(_from_published(params, names), F, cfg)
     if not douts:
@@ -189,13 +207,17 @@ def _teacher(cfg, params, inputs, douts):
 
 def _student_loss(cfg, params, inputs, douts):
     x, y, w = (inputs[n] for n in ("x", "y", "weight"))
-    if w.shape != x.shape[:1] or w.dtype.kind != "f":
-        raise Error(f"in.weight has the shape {w.shape}; expected {x.shape[:1]}.")
+    expected = x.shape if cfg.granularity == "token" else x.shape[:1]
+    if w.shape != expected or w.dtype.kind != "f":
+        raise Error(f"in.weight has the shape {w.shape}; expected {expected}.")
     student = _student(cfg, x.shape[-1])
-    logits, cache = network.forward(network.from_published(params, student), x, student)
-    loss, (ce, reg), loss_cache = l2t.student_loss_forward(logits, y, w, cfg)
-    dlogits, _ = l2t.student_loss_backward(1.0, loss_cache)
+    theta = network.from_published(params, student)
+    logits, cache = network.forward(theta, x, student)
+    square = sum((p * p).sum() for p in theta.values())
+    loss, (ce, reg), loss_cache = l2t.student_loss_forward(logits, y, w, cfg, square)
+    dlogits, _, dsquare = l2t.student_loss_backward(1.0, loss_cache)
     _, grads = network.backward(dlogits, cache)
+    grads = {n: g + 2 * dsquare * theta[n] for n, g in grads.items()}
     grads = {f"grad.param.{n}": g for n, g in network.to_published(grads, student).items()}
     return {"out.loss": np.reshape(loss, 1), "out.ce": ce, "out.reg": reg} | grads
 

@@ -20,13 +20,15 @@ from ref import Error, backend, block, nn
 from ref.backend import array_module, check_choice
 
 MODELS = ("hope", "s4", "s4d", "hyena", "longhorn", "mamba", "tnn", "transformer")
+SETTINGS_OF = {"l2t-hyena": "hyena"}  # names for a model with other settings, those of its recipe
+NAMES = (*MODELS, *SETTINGS_OF)
 DECODERS = ("mean", "last", "match", "lm")
 
 
 def model_module(name):
     """The module of a model.   Error: unknown name"""
-    check_choice("model", name, MODELS)
-    return importlib.import_module(f"ref.{name}")
+    check_choice("model", name, NAMES)
+    return importlib.import_module(f"ref.{SETTINGS_OF.get(name, name)}")
 
 
 def part_width(name, part, layer):
@@ -52,6 +54,7 @@ class Config:
     final_norm: bool = False
     positions: int = 0  # learned absolute positions, the longest input; 0: none
     pool_from: int = 0  # mean and match: the first position that is pooled
+    embedding_std: float = 0.0  # of the tokens' when it is made; 0: see init
 
     def __post_init__(self):
         check_choice("decoder", self.decoder, DECODERS)
@@ -67,6 +70,11 @@ class Config:
         if self.positions < 0 or self.pool_from < 0:
             raise Error(
                 f"positions={self.positions}, pool_from={self.pool_from}: expected 0 or more."
+            )
+        if not 0 <= self.embedding_std < math.inf or (self.embedding_std and not self.tokens):
+            raise Error(
+                f"embedding_std={self.embedding_std}: expected 0 or more, and finite; input that "
+                "is no tokens has no embedding."
             )
         if self.decoder == "lm" and not self.layer.causal:
             raise Error(
@@ -91,7 +99,8 @@ def init(cfg, rng, dtype="float32"):
 
     deviation = 0.02 if cfg.positions else getattr(model, "EMBEDDING_DEVIATION", 1.0)
     if cfg.tokens:
-        params = {"encoder.weight": rng.standard_normal((cfg.d_input, D)) * deviation}
+        own = cfg.embedding_std or deviation
+        params = {"encoder.weight": rng.standard_normal((cfg.d_input, D)) * own}
     else:
         params = linear("encoder", cfg.d_input, D)
     if cfg.positions:
@@ -163,6 +172,22 @@ def forward(params, x, cfg, lengths=None, rng=None, state=None, where=None):
     y, decoder = nn.linear_forward(z, W, params.get("decoder.bias"))
     position = x.shape[1] + (0 if state is None else state["position"])
     return y, (cfg, encoder, blocks, final, pool, match, (decoder, where, shape, position))
+
+
+def predict(params, batch, cfg, rng=None):
+    """batch: x, targets, lengths, as `data` makes them -> logits (..., V) and targets (...), of the
+    samples or of the positions with a target; cache.   rng given: training"""
+    xp = array_module(params["encoder.weight"])
+    x, targets, lengths = (backend.to_device(a, xp) for a in batch)
+    if cfg.decoder != "lm":
+        logits, cache = forward(params, x, cfg, lengths, rng)
+    elif batch.targets.min() >= 0:
+        logits, cache = forward(params, x, cfg, rng=rng)
+    else:
+        where = targets >= 0
+        logits, cache = forward(params, x, cfg, rng=rng, where=where)
+        targets = targets[where]
+    return logits, targets, cache
 
 
 def _encoded(params, x, cfg, first=0):

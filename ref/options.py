@@ -23,23 +23,32 @@ def named(arguments, option):
     return next(reversed(all_named(arguments, option)), None)
 
 
-def options_of(*configs, without=()):
+def described(default, text):
+    """A dataclass's field with the text of its option"""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def options_of(*configs, without=(), texts=None):
     """One click option for each field of the dataclasses (--d-model, --prenorm/--no-prenorm)
 
-    It is absent unless given; a field that two of them have is one option.
+    It is absent unless given; a field that two of them have is one option. texts: name -> what it
+    is, where the field does not say it.
     """
     fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
     fields = {name: field for name, field in fields.items() if name not in without}
-    return [_option(field) for field in fields.values() if field.type in (bool, int, float, str)]
+    texts, simple = texts or {}, (bool, int, float, str)
+    own = {name: field for name, field in fields.items() if field.type in simple}
+    return [_option(field, texts.get(name, "")) for name, field in own.items()]
 
 
-def _option(field):
+def _option(field, text):
     name = field.name.replace("_", "-")
     default = "" if field.default is dataclasses.MISSING else f"[{field.default}]"
     if field.type is bool:
         default = f"[{name if field.default else 'no-' + name}]"
-        return click.Option([f"--{name}/--no-{name}", field.name], default=None, help=default)
-    text = f"{field.metadata.get('help', '')} {default}".strip()
+        text = f"{field.metadata.get('help', text)} {default}".strip()
+        return click.Option([f"--{name}/--no-{name}", field.name], default=None, help=text)
+    text = f"{field.metadata.get('help', text)} {default}".strip()
     return click.Option([f"--{name}", field.name], type=field.type, default=None, help=text)
 
 

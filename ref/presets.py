@@ -5,16 +5,18 @@ Preset and options make the settings of a run; config.json is their JSON.
 
 import functools
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ref import Error, network
+from ref import Error, network, teaching
 from ref.backend import check_choice
 from ref.files import read_json
+from ref.options import described
 
 PRESETS = ("small", "paper")
+STREAMS = ("shakespeare-char", "ptb", "wikitext-2", "wikitext-103")  # cut into windows
 # Models whose papers decode by the embedding
-TIED = ("hyena", "longhorn", "mamba", "tnn", "transformer")
+TIED = ("hyena", "l2t-hyena", "longhorn", "mamba", "tnn", "transformer")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,6 @@ class Run:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
 
 
-def _field(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 def _listed(names):
     return ", ".join(names)
 
@@ -54,34 +52,54 @@ def _listed(names):
 class Recipe:
     """All about a run that is not the model's layer."""
 
-    n_layers: int = _field(4, "Blocks.")
-    decoder: str = _field(
+    n_layers: int = described(4, "Blocks.")
+    decoder: str = described(
         "auto",
         "auto: mean over positions, match for two documents, lm for a target at each; last: "
         "position.",
     )
-    tied: str = _field("auto", f"lm: the embedding decodes; yes, no; auto: of {_listed(TIED)}.")
-    batch_size: int = _field(32, "Samples a step.")
-    steps: int = _field(0, "Optimiser steps; 0: --epochs decides.")
-    epochs: float = _field(0.0, "Passes over the training data; 0: --minutes decides.")
-    lr: float = _field(2e-3, "Learning rate.")
-    weight_decay: float = _field(0.01, "Decoupled, as AdamW's.")
-    ssm_lr: float = _field(1e-3, "Of the state-space parameters (hope: H; s4: A, B, P; s4d: A).")
-    ssm_weight_decay: float = _field(0.0, "Of the state-space parameters.")
-    dt_lr: float = _field(1e-3, "Of log_dt; 0 freezes it.")
-    warmup: int = _field(200, "Steps of linear warm-up before the cosine.")
-    clip: float = _field(1.0, "Largest norm of the whole gradient; 0: no clipping.")
-    eval_every: int = _field(500, "Steps between evaluations on the validation split.")
-    eval_samples: int = _field(
+    tied: str = described("auto", f"lm: the embedding decodes; yes, no; auto: of {_listed(TIED)}.")
+    batch_size: int = described(32, "Samples a step.")
+    steps: int = described(0, "Optimiser steps; 0: --epochs decides.")
+    epochs: float = described(0.0, "Passes over the training data; 0: --minutes decides.")
+    lr: float = described(2e-3, "Learning rate.")
+    weight_decay: float = described(0.01, "Decoupled, as AdamW's.")
+    ssm_lr: float = described(1e-3, "Of the state-space parameters (hope: H; s4: A, B, P; s4d: A).")
+    ssm_weight_decay: float = described(0.0, "Of the state-space parameters.")
+    dt_lr: float = described(1e-3, "Of log_dt; 0 freezes it.")
+    warmup: int = described(200, "Steps of linear warm-up before the cosine.")
+    clip: float = described(1.0, "Largest norm of the whole gradient; 0: no clipping.")
+    eval_every: int = described(500, "Steps between evaluations on the validation split.")
+    eval_samples: int = described(
         0, "Samples or windows that an evaluation looks at; 0: the whole split."
     )
-    eval_protocol: str = _field(
+    eval_protocol: str = described(
         "stream",
         "Of language models. stream: contiguous windows, each token once; sliding: windows at "
         "stride 1.",
     )
-    log_every: int = _field(10, "Steps between lines of metrics.jsonl.")
-    save_every: int = _field(0, "Steps between checkpoints; 0: every 30 seconds.")
+    train_stride: int = described(
+        0,
+        "Language models are trained on the windows that start at every so many tokens; 0: on "
+        "windows side by side, from an offset new in each epoch.",
+    )
+    train_size: int = described(
+        0, "Train on the first so many tokens, or on so many samples, only; 0: on all of them."
+    )
+    embedding_std: float = described(
+        0.0, "Deviation of the embedding when it is made; 0: the model's own."
+    )
+    double_embedding: bool = described(
+        False, "AdamW steps a tied embedding twice, as the L2T-Hyena code does."
+    )
+    select: str = described(
+        "last", "The network that is tested: last, or best by the validation loss."
+    )
+    on_nan: str = described(
+        "stop", "A loss that is not finite: stop, or skip that batch, as the L2T-Hyena code does."
+    )
+    log_every: int = described(10, "Steps between lines of metrics.jsonl.")
+    save_every: int = described(0, "Steps between checkpoints; 0: every 30 seconds.")
 
     def __post_init__(self):
         for name in ("n_layers", "batch_size", "eval_every", "log_every", "warmup"):
@@ -98,12 +116,17 @@ class Recipe:
             "clip",
             "eval_samples",
             "save_every",
+            "train_stride",
+            "train_size",
+            "embedding_std",
         ):
             if not getattr(self, name) >= 0:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
         check_choice("decoder", self.decoder, ("auto", *network.DECODERS))
         check_choice("tied", self.tied, ("auto", "yes", "no"))
         check_choice("eval_protocol", self.eval_protocol, ("stream", "sliding"))
+        check_choice("select", self.select, ("last", "best"))
+        check_choice("on_nan", self.on_nan, ("stop", "skip"))
         if self.steps and self.epochs:
             raise Error(f"steps={self.steps} and epochs={self.epochs}: give one of the two.")
 
@@ -161,13 +184,16 @@ def network_config(settings, layer, decoder, d_input, d_output, tokens=True, poo
         final_norm=layer.prenorm,
         positions=getattr(layer, "context", 0),
         pool_from=pool_from,
+        embedding_std=recipe.embedding_std,
     )
 
 
-def make_settings(options):
-    """Everything that decides a run, as config.json keeps it: the preset, then the options given
+def make_settings(options, corrected=False):
+    """Everything that decides a run, as config.json keeps it: the preset, what the teacher brings,
+    then the options given
 
-    options: field name -> value.   Error: a value that is not one, or does not go with another.
+    options: field name -> value;  corrected: without the mistakes of the L2T-Hyena code.
+    Error: a value that is not one, or does not go with another.
     """
     run = _made(Run, options)
     layer_class = network.model_module(run.model).Config
@@ -175,7 +201,7 @@ def make_settings(options):
     run = _made(Run, {"max_length": chosen.get("max_length", 0)} | options)
     if run.minutes or options.keys() & {"steps", "epochs"}:
         chosen |= {"steps": 0, "epochs": 0.0}  # what is given decides how long it takes
-    chosen |= options
+    chosen = chosen | _of_teacher(chosen | options, run.data, corrected) | options
     layer, recipe = _made(layer_class, chosen), _made(Recipe, chosen)
     if not (recipe.steps or recipe.epochs or run.minutes):
         raise Error("steps, epochs and minutes are all 0: nothing to train.")
@@ -184,7 +210,42 @@ def make_settings(options):
     network.Config(
         run.model, layer, recipe.n_layers, 1, 1, decoder=decoder, tied=recipe.tied == "yes"
     )
-    return asdict(run) | {"layer": asdict(layer), "recipe": asdict(recipe)}
+    settings = asdict(run) | {"layer": asdict(layer), "recipe": asdict(recipe)}
+    return settings | {"teaching": _teaching(chosen, recipe)}
+
+
+def _of_teacher(chosen, data, corrected):
+    """The settings that come with a teacher: of a published one what is published"""
+    teacher, decoder = chosen.get("teacher", "none"), chosen.get("decoder", "auto")
+    check_choice("teacher", teacher, teaching.TEACHERS)
+    own = dict(teaching.DEFAULTS[teacher])
+    if decoder != "lm":  # one position has no deviation over time
+        own |= {"standardise": False, "features": "corrected"}
+    if teacher == "released":
+        there = teaching.quirks_of(chosen["model"] in TIED and decoder == "lm", data in STREAMS)
+        own |= {name: teaching.QUIRKS[name][0] for name in there} | {"on_nan": "skip"} | own
+    if corrected:
+        own |= {name: without for name, (_, without) in teaching.QUIRKS.items()}
+    return own
+
+
+def _teaching(chosen, recipe):
+    """The settings of the teacher; {} without one.   Error: as of teaching.Config; two settings
+    that do not go together"""
+    cfg = _made(teaching.Config, chosen)
+    if cfg.teacher == "none":
+        return {}
+    if cfg.teacher == "released" and cfg.memory_size < recipe.batch_size:
+        raise Error(
+            f"memory_size={cfg.memory_size} is smaller than batch_size={recipe.batch_size}: the "
+            "memory takes a whole batch at once."
+        )
+    if cfg.in_rounds and (recipe.double_embedding or recipe.on_nan == "skip"):
+        raise Error(
+            f"--teacher {cfg.teacher} differentiates through plain AdamW: it goes with neither "
+            "--double-embedding nor --on-nan skip."
+        )
+    return asdict(cfg)
 
 
 def changed(settings, options):
@@ -196,17 +257,21 @@ def read_settings(path):
     """The settings in a config.json.   Error: missing, damaged, or with other fields than ours"""
     saved = read_json(path)
     try:
-        _check_names(saved, {f.name for f in fields(Run)} | {"layer", "recipe", *RECORDED})
+        parts = {"layer", "recipe", "teaching"}
+        _check_names(saved, {f.name for f in fields(Run)} | parts | set(RECORDED))
         layer_class = network.model_module(saved["model"]).Config
         _check_names(saved["layer"], {f.name for f in fields(layer_class)})
         _check_names(saved["recipe"], {f.name for f in fields(Recipe)})
+        if saved["teaching"]:
+            _check_names(saved["teaching"], {f.name for f in fields(teaching.Config)})
         if not isinstance(saved["machine"], dict):
             raise Error("machine is no object.")
         words = saved["vocabulary"]
         if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise Error("vocabulary is no list of texts.")
         run = {f.name: saved[f.name] for f in fields(Run)}
-        return saved | make_settings(run | saved["layer"] | saved["recipe"])
+        own = saved["teaching"] or {"teacher": "none"}
+        return saved | make_settings(run | own | saved["layer"] | saved["recipe"])
     except Error as e:
         raise Error(f"{path} is not as this program writes it: {e}") from e
 

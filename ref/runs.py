@@ -62,14 +62,15 @@ def check_same(settings, now):
         )
 
 
-def save_checkpoint(path, params, moments, state):
-    """Parameters, optimiser moments, and how far the run is
+def save_checkpoint(path, params, moments, state, teacher=None):
+    """Parameters, optimiser moments, how far the run is, and the tensors of its teacher
 
     Random numbers and batches follow from seed and step.   Error: a value is not finite, or the
     file cannot be written; the checkpoint before stays.
     """
     tensors = {f"param.{name}": backend.to_host(p) for name, p in params.items()}
     tensors |= {f"adamw.{name}": backend.to_host(p) for name, p in moments.items()}
+    tensors |= {f"teacher.{name}": p for name, p in (teacher or {}).items()}
     if not all(np.isfinite(t).all() for t in tensors.values()):
         raise Error(f"a parameter is not finite after step {state['step']}. {DIVERGED}")
     text = json.dumps(state)
@@ -77,14 +78,16 @@ def save_checkpoint(path, params, moments, state):
     write_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(path, params, moments=None):
-    """-> params, moments, state.   Error: missing, damaged, or of another configuration
+def load_checkpoint(path, params, moments=None, teacher=None):
+    """-> params, moments, state, teacher's tensors.   Error: missing, damaged, or of another
+    configuration
 
-    Without moments those in the file are left alone.
+    Without moments those in the file are left alone, and the teacher's.
     """
     tensors, metadata = read_tensors(path)
     expected = {f"param.{n}": p for n, p in params.items()}
     expected |= {f"adamw.{n}": p for n, p in (moments or {}).items()}
+    expected |= {f"teacher.{n}": p for n, p in (teacher or {}).items()}
     if metadata.get("format") != FORMAT:
         raise Error(
             f"{path} is not a checkpoint of this program: its format is "
@@ -103,7 +106,8 @@ def load_checkpoint(path, params, moments=None):
             )
     params = {n: tensors[f"param.{n}"] for n in params}
     moments = {n: tensors[f"adamw.{n}"] for n in moments or ()}
-    return params, moments, json.loads(metadata["state"])
+    teacher = {n: tensors[f"teacher.{n}"] for n in teacher or ()}
+    return params, moments, json.loads(metadata["state"]), teacher
 
 
 class Log:

@@ -556,7 +556,13 @@ def test_the_order_of_the_samples_does_not_matter():
 # The weighted loss with constant features
 
 WEIGHTED = released.Config(
-    gru_size=3, n_layers=2, layer_size=4, dropout=0.0, reg_strength=0.4, clamp=(0.2, 0.8)
+    gru_size=3,
+    dln_layers=2,
+    dln_size=4,
+    dln_dropout=0.0,
+    reg_strength=0.4,
+    clamp_low=0.2,
+    clamp_high=0.8,
 )
 D, S, V = 5, 4, 6  # inputs, positions, classes
 
@@ -570,7 +576,7 @@ def weighted_case(seed=0, K=K, dtype="float64"):
         for n, p in released.dln_init(WEIGHTED, rng, "float64").items()
     }
     phi["norm_bias"] = phi["norm_bias"] - phi["norm_bias"].mean()
-    phi[f"b_{WEIGHTED.n_layers}"] = -phi[f"b_{WEIGHTED.n_layers}"]
+    phi[f"b_{WEIGHTED.dln_layers}"] = -phi[f"b_{WEIGHTED.dln_layers}"]
     batches = [
         (
             rng.standard_normal((B, S, D)).astype(dtype),
@@ -597,19 +603,68 @@ def weighted_hypergradient(theta, phi, batches, optimiser, cfg=WEIGHTED, start=T
     return E, *hvp.hypergradient(v, tape, *hvp.callbacks(products), start)
 
 
+@pytest.mark.parametrize("granularity", ["sequence", "batch", "token"])
+@pytest.mark.parametrize("regulariser", released.REGULARISERS)
 @pytest.mark.parametrize("form", ["convex", "additive"])
-def test_tangent_of_the_weighted_loss_against_the_definition(form):
-    rng, cfg = np.random.default_rng(0), replace(WEIGHTED, loss_form=form)
+def test_tangent_of_the_weighted_loss_against_the_definition(form, regulariser, granularity):
+    """Of |θ|² it is the movement of a number beside the logits"""
+    own = {"loss_form": form, "regulariser": regulariser, "granularity": granularity}
+    rng, cfg = np.random.default_rng(0), replace(WEIGHTED, **own)
     logits, dz = rng.standard_normal((2, B, S, V))
-    y, w, e, ends = rng.integers(0, V, (B, S)), rng.random(B), 1e-3, []
-    _, _, cache = released.student_loss_forward(logits, y, w, cfg)
+    square, dsquare = (7.0, -3.0) if regulariser == "weights" else (None, 0.0)
+    y, e, ends = rng.integers(0, V, (B, S)), 1e-3, []
+    w = rng.random((B, S) if granularity == "token" else B)
+    _, _, cache = released.student_loss_forward(logits, y, w, cfg, square)
     for k in (1, -1, 2, -2):
-        _, _, moved = released.student_loss_forward(logits + k * e * dz, y, w, cfg)
-        ends.append(released.student_loss_backward(1.0, moved))
-    for tangent, (a, b, c, d) in zip(
-        l2t_hypergrad.student_loss_tangent(dz, cache), zip(*ends, strict=True), strict=True
-    ):
+        at = None if square is None else square + k * e * dsquare
+        _, _, moved = released.student_loss_forward(logits + k * e * dz, y, w, cfg, at)
+        ends.append(released.student_loss_backward(1.0, moved)[:2])
+    tangents = l2t_hypergrad.student_loss_tangent(dz, cache, dsquare)
+    for tangent, (a, b, c, d) in zip(tangents, zip(*ends, strict=True), strict=True):
         assert error(tangent, (8 * (a - b) - (c - d)) / (12 * e)) < 1e-9
+
+
+VARIANTS = [
+    {"regulariser": "logits-sum", "granularity": "token"},
+    {"regulariser": "entropy", "granularity": "batch"},
+    {"regulariser": "entropy", "granularity": "token", "loss_form": "additive"},
+    {"regulariser": "weights"},
+    {"regulariser": "weights", "granularity": "token"},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_hypergradient_of_the_variants_is_the_slope(settings):
+    cfg, (theta, phi, batches) = replace(WEIGHTED, **settings), weighted_case(5, K + 1)
+    optimiser = replace(OPTIMISERS["adamw clipped"], group=optim.Group(0.2, 0.1))
+    w = [released.dln_forward(phi, F, cfg)[0] for _, _, F in batches[:-1]]
+    assert any(((x > 0.2) & (x < 0.8)).any() for x in w)
+    _, G, start = weighted_hypergradient(theta, phi, batches, optimiser, cfg)
+
+    def value(theta, phi):
+        return weighted_hypergradient(theta, phi, batches, optimiser, cfg)[0]
+
+    for seed in range(3):
+        by_phi = slope_error(lambda phi: value(theta, phi), phi, G, seed)
+        by_theta = slope_error(lambda theta: value(theta, phi), theta, start, seed)
+        assert max(by_phi, by_theta) < 1e-7
+
+
+@pytest.mark.parametrize("settings", [{}, *VARIANTS], ids=str)
+def test_products_of_the_variants_in_float32_and_on_the_device(settings):
+    cfg, results = replace(WEIGHTED, **settings), []
+    for dtype, put in (("float64", np.copy), ("float32", np.copy), ("float64", strict.array)):
+        theta, phi, batches = weighted_case(dtype=dtype)
+        v = {"W": np.random.default_rng(0).standard_normal(theta["W"].shape).astype(dtype)}
+        theta, phi, v = ({n: put(p) for n, p in of.items()} for of in (theta, phi, v))
+        batch = tuple(map(put, batches[0]))
+        H, mixed = l2t_hypergrad.linear_products(theta, phi, batch, cfg, v)
+        _, W, dphi = l2t_hypergrad.linear_gradients(theta, phi, batch, cfg)
+        everything = [H["W"], W["W"], *mixed.values(), *dphi.values()]
+        assert all(x.dtype == dtype for x in everything)
+        results.append([backend.to_host(x) for x in everything])
+    for exact, single, device in zip(*results, strict=True):
+        assert error(single, exact) < 1e-3 and error(device, exact) < 1e-11
 
 
 @of_every(["sgd", "momentum clipped", "adamw clipped"])
@@ -649,7 +704,7 @@ def test_hypergradient_of_the_weighted_loss_is_pytorchs(one_torch_thread, kind):
         for i in range(2):
             a = functional.gelu(a @ leaves[f"W_{i}"].T + leaves[f"b_{i}"])
         r = a @ leaves["W_2"].T + leaves["b_2"] + h @ leaves["W_r"].T + leaves["b_r"]
-        return r[:, 0].sigmoid().clamp(*WEIGHTED.clamp)
+        return r[:, 0].sigmoid().clamp(0.2, 0.8)
 
     start = W = torch.tensor(theta["W"], requires_grad=True)
     m = torch.zeros_like(W)
@@ -680,7 +735,8 @@ def test_a_constant_weight_is_a_static_penalty():
     phi["b_2"] = phi["b_2"] + 50
     E, G, start = weighted_hypergradient(theta, phi, batches, hvp.Optimiser())
     assert not any(g.any() for g in G.values())
-    static = replace(WEIGHTED, loss_form="additive", reg_strength=0.8 * 0.4 / 0.2, clamp=(0, 1))
+    form = {"loss_form": "additive", "reg_strength": 0.8 * 0.4 / 0.2}
+    static = replace(WEIGHTED, **form, clamp_low=0.0, clamp_high=1.0)
     slower = hvp.Optimiser(group=optim.Group(0.1 * 0.2))
     other = weighted_hypergradient(theta, phi, batches, slower, static)
     assert abs(E - other[0]) < 1e-14 and apart(start, other[2]) < 1e-12
@@ -709,7 +765,7 @@ def test_hypergradient_of_the_published_student(kind):
         w, weights = released.dln_forward(phi, features, WEIGHTED)
         logits, cache = network.forward(theta, x, student, None, mask)
         _, _, loss = released.student_loss_forward(logits, y, w, WEIGHTED)
-        dlogits, dw = released.student_loss_backward(1.0, loss)
+        dlogits, dw, _ = released.student_loss_backward(1.0, loss)
         return network.backward(dlogits, cache)[1], released.dln_backward(dw, weights)[1]
 
     def held_out(theta):

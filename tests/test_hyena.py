@@ -782,7 +782,7 @@ def test_a_checkpoint_holds_the_constants(tmp_path):
     _, moments = trained(3, params, cfg)
     path = tmp_path / "c.safetensors"
     runs.save_checkpoint(path, params, moments, {"step": 3})
-    loaded, its_moments, _ = runs.load_checkpoint(path, params, moments)
+    loaded, its_moments, *_ = runs.load_checkpoint(path, params, moments)
     assert all((loaded[n] == params[n]).all() for n in params) and "blocks.t" in loaded
     on = [
         trained(2, dict(p), cfg, dict(m), 4)[0]

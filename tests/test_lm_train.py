@@ -211,7 +211,7 @@ def test_loss_gradient_and_accuracy_count_the_targets_alone(model, data, folder,
     """Against the whole network's logits with the ignored ones left out of the cross-entropy"""
     _, loaded, _, cfg, params = made(folder, model, data)
     _, batch = next(data_sets.train_batches(loaded, 4, 0))
-    logits, targets, cache = train.forward(params, batch, cfg)
+    logits, targets, cache = network.predict(params, batch, cfg)
     loss, loss_cache = nn.softmax_cross_entropy_forward(logits, targets)
     _, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
     asked = int((batch.targets >= 0).sum())
@@ -273,7 +273,7 @@ def test_recall_can_be_learned(folder, few):
     batches = data_sets.train_batches(loaded, 20, 0)
     for step in range(1, 41):
         _, batch = next(batches)
-        logits, targets, cache = train.forward(params, batch, cfg)
+        logits, targets, cache = network.predict(params, batch, cfg)
         loss, loss_cache = nn.softmax_cross_entropy_forward(logits, targets)
         _, grads = network.backward(nn.softmax_cross_entropy_backward(1.0, loss_cache), cache)
         train.optim.adamw_update(params, grads, moments, step, groups)
@@ -541,15 +541,15 @@ def test_the_accuracy_of_a_step_is_that_of_its_logits(sentences, call, tmp_path)
     start = f"--model s4d --d-state 4 --data ptb --max-length 8 {TINY} --steps 9 --log-every 1"
     given = (start, "--lr 0.1 --warmup 1", "--data-dir", sentences)
     assert call(*given, "--out", tmp_path / "run")[0] == 0
-    seen, forward = [], train.forward
+    seen, predict = [], network.predict
 
     def looked_at(*args):
-        logits, targets, cache = forward(*args)
+        logits, targets, cache = predict(*args)
         seen.append(((logits.argmax(axis=-1) == targets).mean(), log_softmax(logits)))
         return logits, targets, cache
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "forward", looked_at)
+        m.setattr(network, "predict", looked_at)
         assert call(*given, "--out", tmp_path / "other")[0] == 0
     logged = [line["accuracy"] for line in metrics(tmp_path / "other") if "accuracy" in line]
     assert logged == [right for right, _ in seen[:9]] and max(logged) > 0.1

@@ -11,7 +11,7 @@ from conftest import idx
 
 import data as data_sets
 import train
-from ref import Error, info, network, presets
+from ref import Error, info, network, presets, teaching
 from ref.files import read_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -23,10 +23,11 @@ def test_every_recipe_is_one():
     """No name is misspelt, each makes settings, and a model and a data set stand behind it"""
     run = {"max_length"} | {f.name for f in fields(presets.Recipe)}
     small, paper = RECIPES["small"], RECIPES["paper"]
-    assert small["model"].keys() == paper.keys() <= set(network.MODELS)
+    assert small["model"].keys() == paper.keys() <= set(network.NAMES)
     assert small["data"].keys() == set(data_sets.NAMES)
-    for model in network.MODELS:
-        known = run | {f.name for f in fields(network.model_module(model).Config)}
+    teacher = {f.name for f in fields(teaching.Config)}
+    for model in network.NAMES:
+        known = run | teacher | {f.name for f in fields(network.model_module(model).Config)}
         for recipe in (small["all"], small["model"][model], *paper[model].values()):
             assert recipe.keys() <= known
         for data in data_sets.NAMES:
@@ -36,6 +37,7 @@ def test_every_recipe_is_one():
                     settings = presets.make_settings({"model": model, "data": data, "preset": name})
                     chosen = presets.preset(model, data, name)
                     given = settings | settings["layer"] | settings["recipe"]
+                    given |= settings["teaching"]
                     assert {n: given[n] for n in chosen} == chosen
         assert set(presets.published(model)) <= set(data_sets.NAMES)
 
