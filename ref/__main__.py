@@ -231,7 +231,7 @@ def info(model, length, **settings):
 
 
 @_model_command()
-@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
 @click.option(
     "--model",
     "models",
@@ -247,10 +247,15 @@ def info(model, length, **settings):
 )
 @click.option("--length", "-L", default=256, type=click.IntRange(1), help="Sequence length.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of the initialisation.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="The PNG; WHAT.png, in RUN.")
-def plot(run, models, what, length, seed, output, **settings):
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="The PNG; WHAT.png, in RUN if there is one.",
+)
+def plot(runs, models, what, length, seed, output, **settings):
     """Draw a PNG: the curves of a RUN; kernel, Hankel singular values or matrix of a RUN or of
-    models as initialised.
+    models as initialised. The curves of several RUNs come in one picture, with a table.
 
     The last options are the fields of the Config of --model (without it, of hope).
 
@@ -258,8 +263,16 @@ def plot(run, models, what, length, seed, output, **settings):
     """
     from ref import plots
 
-    if (run is None) == (not models):
-        raise click.UsageError("give either the folder of a run or --model.")
+    if bool(runs) == bool(models):
+        raise click.UsageError("give either folders of runs or --model.")
+    if len(runs) > 1:
+        if what != "curves":
+            raise click.UsageError(f"--what {what} is of one run; several are for --what curves.")
+        output = output or Path("curves.png")
+        print(plots.compare(runs, output))
+        print(output)
+        return
+    run = runs[0] if runs else None
     output = output or (run or Path()) / f"{what}.png"
     for model in models:
         _check_config(_module(model).Config, _given(settings))
@@ -361,7 +374,7 @@ def checkpoint(path, output, layout, shard_mib):
 
 
 @main.command()
-@click.argument("models", nargs=-1, type=click.Choice((*network.MODELS, "etsc")))
+@click.argument("models", nargs=-1, type=click.Choice((*network.MODELS, "etsc", "l2t")))
 @click.option("--against", type=click.Choice(["torch"]), help="Also time this library's form.")
 @click.option("--device", default="cpu", type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")
 @click.option("--rounds", default=9, type=click.IntRange(1), help="Rounds that count.")
@@ -377,11 +390,12 @@ def checkpoint(path, output, layout, shard_mib):
     help="etsc: errors and times of the conversions, or of a token. [conversion]",
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="etsc: the PNG.")
-@click.option("--quick", is_flag=True, help="etsc: small sizes, to try it.")
+@click.option("--quick", is_flag=True, help="etsc, l2t: small sizes, to try it.")
 def bench(models, against, device, rounds, malloc, what, output, quick):
     """Time and memory, interleaved in one process, as ratios. Without names: every model.
 
     etsc, on its own: the conversion of long convolutions into recurrences, as tables and figure.
+    l2t, on its own: what a step costs with each teacher.
 
     Example: python -m ref bench hope --against torch
     """
@@ -397,8 +411,17 @@ def bench(models, against, device, rounds, malloc, what, output, quick):
         what = what or "conversion"
         bench_etsc.run(what, output or Path(f"etsc-{what}.png"), quick, malloc)
         return
-    if what or output or quick:
-        raise click.UsageError("--what, --output and --quick are for etsc.")
+    if what or output or (quick and models != ("l2t",)):
+        raise click.UsageError("--what, --output and --quick are for etsc, --quick for l2t too.")
+    if "l2t" in models:
+        from ref import bench_l2t
+
+        if models != ("l2t",) or against or device != "cpu":
+            raise click.UsageError("l2t is on its own, on the CPU and without --against.")
+        if malloc == "keep":
+            backend.keep_freed_memory()
+        bench_l2t.run(rounds, malloc, quick)
+        return
     if against:
         try:
             __import__(against)
