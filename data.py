@@ -221,7 +221,7 @@ def _cut_text(split, most):
 # Batches
 
 EVALUATION_NOISE = 1  # beside a sample's place in its split: the seed of its noise
-PROTOCOLS = ("stream", "sliding")  # of the evaluation of a language model
+PROTOCOLS = ("stream", "sliding", "last")  # of the evaluation of a language model
 
 
 def steps_per_epoch(data, batch_size, stride=0):
@@ -274,7 +274,9 @@ def eval_batches(split, data, batch_size, most=0, protocol="stream"):
         stream   contiguous windows, the last one shorter: every token but the first is a target
                  once;
         sliding  the windows at stride 1, without those that do not fill a batch (the L2T-Hyena
-                 code's protocol).
+                 code's protocol);
+        last     all windows at stride 1, of each the last target alone, the others -1: every token
+                 that a whole window comes before is a target once, and always with that window.
     Error: batch_size below 1, an empty split.
     """
     buckets = _buckets(split, data, batch_size, protocol)
@@ -282,11 +284,12 @@ def eval_batches(split, data, batch_size, most=0, protocol="stream"):
         every = np.sort(np.concatenate(buckets))
         chosen = every[np.random.default_rng(0).permutation(len(every))[:most]]
         buckets = [bucket[np.isin(bucket, chosen)] for bucket in buckets]
-    return (
+    batches = (
         _batch(split, data, bucket[i : i + batch_size])
         for bucket in buckets
         for i in range(0, len(bucket), batch_size)
     )
+    return map(_last_targets, batches) if data.window and protocol == "last" else batches
 
 
 def eval_samples(split, data, batch_size, protocol="stream"):
@@ -339,8 +342,10 @@ def _window_buckets(targets, window, batch_size, protocol, stride):
         return [np.arange(0, targets - window + 1, stride, np.min_scalar_type(-targets))]
     if protocol == "train":  # one less than fit where there are several, so that offsets differ
         return [window * np.arange(max(targets // window - 1, 1))]
-    if protocol == "sliding":
+    if protocol in ("sliding", "last"):
         starts = np.arange(targets - window + 1)
+        if protocol == "last":
+            return [starts]
         return [starts[: len(starts) // batch_size * batch_size or len(starts)]]
     full = window * np.arange(targets // window)
     return [full] if targets % window == 0 else [np.array([window * len(full)]), full]
@@ -377,6 +382,13 @@ def _windows(split, window, starts):
     at = starts[:, None] + np.arange(length)
     x, targets = split.values[at].astype(np.int32), split.targets[at].astype(np.int64)
     return Batch(x, targets, np.full(len(starts), length))
+
+
+def _last_targets(batch):
+    """The batch with the last target of each window alone."""
+    targets = np.full_like(batch.targets, -1)
+    targets[:, -1] = batch.targets[:, -1]
+    return batch._replace(targets=targets)
 
 
 # Baselines

@@ -66,7 +66,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
         if eval_only and state["best"]:
             params, *_ = runs.load_checkpoint(best, params)
     step, total, before = state["step"], state["total"], time.monotonic() - state["seconds"]
-    describe(settings, params, cfg, recipe, data, total, xp)
+    describe(settings, params, cfg, recipe, data, total, xp, teacher)
     params = {name: backend.to_device(p, xp) for name, p in params.items()}
     moments = {name: backend.to_device(p, xp) for name, p in moments.items()}
     if lengths:
@@ -307,6 +307,7 @@ def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
         )
     network.stretch(params, cfg, max(lengths))  # or its Error, before anything is computed
     of_length = {length: data_sets.windowed(data, length) for length in lengths}
+    single = recipe.eval_protocol == "last"  # one target in a window of any length
     print("   length    loss  perplexity  accuracy")
     rows = []
     for length, windows in of_length.items():
@@ -314,7 +315,7 @@ def evaluate_lengths(params, cfg, data, recipe, lengths, out, state):
         own = replace(
             recipe,
             batch_size=max(1, int(recipe.batch_size * times)),
-            eval_samples=math.ceil(recipe.eval_samples * times),
+            eval_samples=math.ceil(recipe.eval_samples * (1 if single else times)),
         )
         stretched, longer = network.stretch(params, cfg, length)
         loss, accuracy = evaluate(stretched, longer, data.test, windows, own)
@@ -381,7 +382,7 @@ def report(test, data, recipe, state):
     return result
 
 
-def describe(settings, params, cfg, recipe, data, total, xp):
+def describe(settings, params, cfg, recipe, data, total, xp, teacher):
     """Print what will run"""
     count = sum(p.size for p in params.values())
     decoded = data_sets.targets_of_batch(data, recipe.batch_size) if data.per_position else 0
@@ -400,6 +401,8 @@ def describe(settings, params, cfg, recipe, data, total, xp):
         f"{backend.threads()} threads, BLAS core type {backend.blas_core()}, "
         f"{length} steps of {recipe.batch_size}"
     )
+    if str(teacher):
+        print(f"teacher {teacher}")
     kind = " (accuracy)" if data.loss_baselines else ""
     beat = [f"{name} {value:.4f}{kind}" for name, value in data.baselines.items()]
     losses = data.loss_baselines.items()
@@ -430,6 +433,7 @@ def draw_curves(out):
 BEST = "best.safetensors"  # the parameters that --select best keeps
 SLOW = 1e-5  # learning rate of Hyena's positions, as published
 FITTED = ("context", "depth")  # fields of a layer that follow from data set and recipe
+EVALUATION = ("eval_protocol", "eval_samples")  # ... and of an evaluation alone
 CHANGEABLE = ("device", "threads", "minutes", "data_dir")  # when a run is resumed
 
 
@@ -452,7 +456,10 @@ def command(model):
         "With --resume, of a language model: only evaluate, at windows of these lengths, such as "
         "256,512,1024; prints a table and writes it to lengths.json."
     )
-    resume = f"Go on with the run in this folder; only {_names(CHANGEABLE)} can change."
+    resume = (
+        f"Go on with the run in this folder; only {_names(CHANGEABLE)} can change; with "
+        f"--eval-only {_names(EVALUATION)}, too."
+    )
     options = [
         option(["--model"], type=choice(network.NAMES), help="The model."),
         option(["--data"], type=choice(data_sets.NAMES), help="The data set."),
@@ -570,7 +577,8 @@ def _lengths(text):
 
 
 def _resume(out, options, eval_only, download, lengths=()):
-    protocol = {n: options.pop(n) for n in ("eval_protocol",) if eval_only and n in options}
+    evaluation = [name for name in EVALUATION if eval_only and name in options]
+    protocol = {name: options.pop(name) for name in evaluation}
     if fixed := options.keys() - CHANGEABLE:
         raise click.UsageError(
             "--resume takes its settings from the run; it cannot be combined with "

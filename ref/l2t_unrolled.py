@@ -8,8 +8,9 @@ The paper's equations were not at hand: these are those of its code, numbered he
     a_bj = [s_by, s_bj, 1, 0] for j ≠ y, else 0;  s = sigmoid(z), z the logits, y the true class (3)
     f_φ(a) = W_n h_n,  h_i = leaky(W_{i-1} h_{i-1}),  h_0 = a, no biases, slope 0.01             (4)
     G = dE/dφ,  E = held-out cross-entropy of θ_K          the hypergradient: ref.hvp            (5)
-    q = (log(|G| + 1e-8) / p, sign G) where |G| >= e^-p, else (-1, e^p G);  p = 10               (6)
+    q = (log(|G| + 1e-8) / p, sign G) where |G| >= e^-p, else (-1, e^p G)                        (6)
     u, state' = LSTM_ψ(q, state)                           each coordinate of φ on its own       (7)
+    head "linear": u = w h + b, h the output of its last cell, in place of a last cell of width 1
     φ' = φ - scale u                                                                             (8)
     dE(φ')/dψ = (∂u/∂ψ)ᵀ (-scale G(φ'))                    second roll-out, from the same θ_0    (9)
 
@@ -19,6 +20,7 @@ The paper's equations were not at hand: these are those of its code, numbered he
        final_mat    (1, n)           W_n
     ψ: i.W, i.U     (4H, I), (4H, H) cell i of the LSTM; the last has H = 1, and u is its output h
        i.b, i.c     (4H,)
+       head.W, .b   (1, H), (1,)     w and b, only where the head is linear
 
 Coordinates of φ are in the order of its dict, each array row by row. The inputs of (7) are
 constants: gradients reach ψ through u and, over more rounds than one, through the states.
@@ -29,16 +31,19 @@ carries a tangent through (4) and then back.
 
 Differences from the published code: the student here is linear, there a ResNet (`teach` takes any
 student's roll-out); optimisers other than SGD can be unrolled; the gain √2 of φ's Kaiming normal
-initialisation is assumed. Its defaults are those of Config.
+initialisation is assumed. Its defaults are those of Config: p = 10, and no linear head. That head
+is of Andrychowicz et al. 2016, arXiv 1606.04474; with it |u| is not below 1.
 """
 
 import math
 from dataclasses import dataclass
 
 from ref import Error, hvp, nn, optim
-from ref.backend import array_module
+from ref.backend import array_module, check_choice
 
 SLOPE, P = 0.01, 10.0
+HEADS = ("cell", "linear")
+MOST_P = 40.0  # e^p times a gradient is far from float32's largest number
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,10 @@ class Config:
     lr: float = 0.1  # of the student's SGD
     K: int = 15
     n_classes: int = 10
-    hidden: int = 64  # of every cell but the last
+    hidden: int = 64  # of every cell but the last; with a linear head of every cell
     cells: int = 4
+    p: float = P  # of (6)
+    head: str = "cell"
     update_scale: float = 1e-3
     dln_hidden: int = 40
     dln_layers: int = 4  # hidden ones
@@ -59,8 +66,16 @@ class Config:
             raise Error(f"K={self.K}: the student takes at least 1 step in a round.")
         if min(self.n_classes, self.hidden, self.cells, self.dln_hidden, self.dln_layers) < 1:
             raise Error("n_classes, hidden, cells, dln_hidden and dln_layers are at least 1.")
+        check_teacher(self.p, self.head)
         if not self.lr > 0 or not math.isfinite(self.update_scale):
             raise Error(f"lr={self.lr}, update_scale={self.update_scale}: positive, and a number.")
+
+
+def check_teacher(p, head, prefix=""):
+    """Error for a p or a head that there is not; prefix of their names"""
+    check_choice(f"{prefix}head", head, HEADS)
+    if not 0 < p <= MOST_P:
+        raise Error(f"{prefix}p={p}: expected more than 0 and at most {MOST_P:g}.")
 
 
 # The loss by pairs of classes
@@ -199,43 +214,56 @@ def episode(phi, theta, batches, held_out, optimiser, start=False):
 
 def teacher_init(cfg, rng, dtype="float32"):
     """ψ, uniform between -1/√H and 1/√H"""
-    widths, psi = [2, *[cfg.hidden] * (cfg.cells - 1), 1], {}
+    last = cfg.hidden if cfg.head == "linear" else 1
+    widths, psi = [2, *[cfg.hidden] * (cfg.cells - 1), last], {}
+
+    def add(name, shape, H):
+        psi[name] = (rng.uniform(-1, 1, shape) / math.sqrt(H)).astype(dtype)
+
     for i, (I, H) in enumerate(zip(widths, widths[1:], strict=False)):
         for name, shape in (("W", (4 * H, I)), ("U", (4 * H, H)), ("b", 4 * H), ("c", 4 * H)):
-            psi[f"{i}.{name}"] = (rng.uniform(-1, 1, shape) / math.sqrt(H)).astype(dtype)
+            add(f"{i}.{name}", shape, H)
+    if cfg.head == "linear":
+        add("head.W", (1, last), last)
+        add("head.b", 1, last)
     return psi
 
 
 def teacher_state(psi, coordinates):
     """The LSTM's state before the first round: for each cell zeros (2, coordinates, H)"""
-    Us = [psi[f"{i}.U"] for i in range(len(psi) // 4)]
+    Us = [p for name, p in psi.items() if name.endswith(".U")]
     return [array_module(U).zeros((2, coordinates, U.shape[1]), dtype=U.dtype) for U in Us]
 
 
-def preprocess(g):
+def preprocess(g, p=P):
     """(6).   g (P,) -> (P, 2)"""
     xp, size = array_module(g), abs(g)
-    large = size >= math.exp(-P)
-    first = xp.where(large, xp.log(size + 1e-8) / P, -xp.ones_like(g))
-    return xp.stack([first, xp.where(large, xp.sign(g), math.exp(P) * g)], axis=1)
+    large = size >= math.exp(-p)
+    first = xp.where(large, xp.log(size + 1e-8) / p, -xp.ones_like(g))
+    return xp.stack([first, xp.where(large, xp.sign(g), math.exp(p) * g)], axis=1)
 
 
-def teacher_forward(psi, g, state):
-    """(6), (7).   g (P,) -> u (P,), state', cache"""
-    x, after, caches = preprocess(g), [], []
+def teacher_forward(psi, g, state, p=P):
+    """(6), (7), with the head that ψ has.   g (P,) -> u (P,), state', cache"""
+    x, after, caches, head = preprocess(g, p), [], [], None
     for i, before in enumerate(state):
         cell = (psi[f"{i}.{name}"] for name in "WUbc")
         now, cache = nn.lstm_cell_forward(x, before, *cell)
         x = now[0]
         after.append(now)
         caches.append(cache)
-    return x[:, 0], after, caches
+    if "head.W" in psi:
+        x, head = nn.linear_forward(x, psi["head.W"], psi["head.b"])
+    return x[:, 0], after, (caches, head)
 
 
-def teacher_backward(du, dstate, caches):
+def teacher_backward(du, dstate, cache):
     """du (P,), dstate of the state after (None: nothing used it) -> grads, dstate"""
+    caches, head = cache
     xp, grads, before = array_module(du), {}, []
     dx = du[:, None]
+    if head is not None:
+        dx, grads["head.W"], grads["head.b"] = nn.linear_backward(dx, head)
     for i in reversed(range(len(caches))):
         dnow = xp.stack([dx, xp.zeros_like(dx)])
         dnow = dnow if dstate is None else dnow + dstate[i]
@@ -288,12 +316,12 @@ def teach(phi, roll_out, teacher, scale):
     return Round(first, second, after, u, state, backward(-scale * flatten(second[1])))
 
 
-def lstm_teacher(psi, state):
+def lstm_teacher(psi, state, p=P):
     """The teacher of `teach` that is the LSTM, from a state that is taken as a constant"""
 
     def teacher(g):
-        u, after, caches = teacher_forward(psi, g, state)
-        return u, after, lambda du: teacher_backward(du, None, caches)[0]
+        u, after, cache = teacher_forward(psi, g, state, p)
+        return u, after, lambda du: teacher_backward(du, None, cache)[0]
 
     return teacher
 
@@ -338,7 +366,10 @@ def config_of(settings, tensors):
         size = tensors[tensor].shape[axis]
         if own.setdefault(name, size) != size:
             raise Error(f"{name}={own[name]}, but {tensor} has {size}.")
-    return Config(**own)
+    cfg = Config(**own)
+    if cfg.head != "cell":
+        raise Error(f"head={cfg.head!r}: cases have the published head, cell.")
+    return cfg
 
 
 def case_sources(cfg, B, L, rng):
@@ -369,7 +400,7 @@ def case_results(cfg, params, inputs):
     done = teach(
         phi,
         lambda phi: episode(phi, theta, batches, held_out, optimiser),
-        lstm_teacher(psi, state),
+        lstm_teacher(psi, state, cfg.p),
         cfg.update_scale,
     )
     (E, G, after, _), (E2, *_), (h, c) = done.first, done.second, done.state[-1]

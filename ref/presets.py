@@ -76,7 +76,7 @@ class Recipe:
     eval_protocol: str = described(
         "stream",
         "Of language models. stream: contiguous windows, each token once; sliding: windows at "
-        "stride 1.",
+        "stride 1; last: of those only the last position, each token once after a whole window.",
     )
     train_stride: int = described(
         0,
@@ -124,7 +124,7 @@ class Recipe:
                 raise Error(f"{name}={getattr(self, name)}: expected 0 or more.")
         check_choice("decoder", self.decoder, ("auto", *network.DECODERS))
         check_choice("tied", self.tied, ("auto", "yes", "no"))
-        check_choice("eval_protocol", self.eval_protocol, ("stream", "sliding"))
+        check_choice("eval_protocol", self.eval_protocol, ("stream", "sliding", "last"))
         check_choice("select", self.select, ("last", "best"))
         check_choice("on_nan", self.on_nan, ("stop", "skip"))
         if self.steps and self.epochs:

@@ -64,7 +64,9 @@ class Rounds:
         rng = np.random.default_rng([seed, 0, teaching.MEMORY])
         self.state = {"dln": self._loss_network(rng, dtype)}
         if cfg.teacher == "lstm":
-            sizes = l2t_unrolled.Config(hidden=cfg.lstm_size, cells=cfg.lstm_cells)
+            sizes = l2t_unrolled.Config(
+                hidden=cfg.lstm_size, cells=cfg.lstm_cells, p=cfg.lstm_p, head=cfg.lstm_head
+            )
             self.state["teacher"] = l2t_unrolled.teacher_init(sizes, rng, dtype)
         self.state |= {f"{name}_moments": optim.adamw_init(p) for name, p in self.state.items()}
         self.state["rounds"] = 0
@@ -74,6 +76,17 @@ class Rounds:
             cells = {str(i): cell for i, cell in enumerate(cells)}
             inputs = np.zeros((cfg.truncation, size), dtype)
             self.state |= {"cells": cells, "before": dict(cells), "inputs": inputs}
+
+    def __str__(self):
+        cfg, count = self.cfg, sum(p.size for p in self.state["dln"].values())
+        kind = "pairs of classes" if self.pairs else f"features, {cfg.features}"
+        products = "exact" if self.exact else "by differences"
+        text = f"{cfg.teacher}: loss network of {count:,} parameters ({kind}), K = {self.steps}, "
+        text += f"{cfg.inner} inside, second derivatives {products}"
+        if cfg.teacher == "lstm":
+            count = sum(p.size for p in self.state["teacher"].values())
+            text += f"; LSTM of {count:,} parameters"
+        return text
 
     def _exact(self):
         """Whether the products are exact.   Error: they cannot be, and have to"""
@@ -211,7 +224,8 @@ class Rounds:
     # The student's steps
 
     def roll_out(self, theta, moments, phi, batches, first, scale, held_out, features=None):
-        """Steps 1 and 2 of a round.   -> E, G, θ_K, moments_K, lines to log, |∂E/∂θ_K| and cosine
+        """Steps 1 and 2 of a round.   -> E, G, θ_K, moments_K, lines to log, and the cosine between
+        ∂E/∂θ_K and the last gradient
 
         scale(step) -> factor on the student's rates;  features: constants, one of each batch
         """
@@ -311,7 +325,8 @@ class Rounds:
         if place >= 0:
             state["inputs"] = state["inputs"].copy()
             state["inputs"][place] = g
-        u, after, _ = l2t_unrolled.teacher_forward(state["teacher"], g, cells)
+        own = state["teacher"], g, cells, self.cfg.lstm_p
+        u, after, _ = l2t_unrolled.teacher_forward(*own)
         state["cells"] = {str(i): cell for i, cell in enumerate(after)}
         return l2t_unrolled.moved(state["dln"], u, self.cfg.update_scale)
 
@@ -330,7 +345,8 @@ class Rounds:
         """dE(φ')/dψ through the last J updates, G = dE/dφ at φ'"""
         cells, caches = _ordered(self.state["before"]), []
         for g in self.state["inputs"]:
-            _, cells, cache = l2t_unrolled.teacher_forward(self.state["teacher"], g, cells)
+            own = self.state["teacher"], g, cells, self.cfg.lstm_p
+            _, cells, cache = l2t_unrolled.teacher_forward(*own)
             caches.append(cache)
         du, dstate, grads = -self.cfg.update_scale * l2t_unrolled.flatten(G), None, None
         for cache in reversed(caches):

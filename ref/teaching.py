@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from ref import Error, backend, hvp, l2t, network, nn, optim
+from ref import Error, backend, hvp, l2t, l2t_unrolled, network, nn, optim
 from ref.backend import array_module, check_choice, item
 from ref.files import read_tensors
 from ref.options import described
@@ -93,7 +93,7 @@ class Config(l2t.Config):
     meta_split: str = described(
         "tail",
         "Held-out data of hypergrad and lstm; tail: a part of train that the student does not "
-        "see; train, valid: those.",
+        "see; train: it sees them, too; valid: it is selected by them, too.",
     )
     meta_share: float = described(0.05, "tail: that part.")
     meta_batch_size: int = described(0, "Samples of the held-out loss; 0: --batch-size.")
@@ -103,8 +103,16 @@ class Config(l2t.Config):
     hvp_step: float = described(0.0, "Of differences, relative; 0: by the precision.")
     detach: bool = described(True, "The features are constants to the student.")
     dln_optimiser: str = described("adam", "hypergrad: adam or sgd.")
-    lstm_size: int = described(64, "lstm: width of every cell but the last.")
+    lstm_size: int = described(
+        64, "lstm: width of every cell but the last; with --lstm-head linear of every cell."
+    )
     lstm_cells: int = described(4, "lstm: cells.")
+    lstm_p: float = described(
+        10.0, "lstm: p of the gradients that it is given, log|G| / p and the sign from e^-p on."
+    )
+    lstm_head: str = described(
+        "cell", "lstm: its output; cell: of a last cell of width 1; linear: a map of the last's."
+    )
     update_scale: float = described(1e-3, "lstm: factor on the updates; hypergrad, sgd: the rate.")
     teacher_every: int = described(1, "lstm: M, updates of the loss network for one of the LSTM.")
     truncation: int = described(1, "lstm: J <= M, updates that its gradient goes back through.")
@@ -122,6 +130,7 @@ class Config(l2t.Config):
         check_choice("meta_split", self.meta_split, ("tail", "train", "valid"))
         check_choice("hvp", self.hvp, ("auto", "exact", "differences"))
         check_choice("dln_optimiser", self.dln_optimiser, ("adam", "sgd"))
+        l2t_unrolled.check_teacher(self.lstm_p, self.lstm_head, "lstm_")
         at_least = dict.fromkeys(("lstm_size", "lstm_cells", "teacher_every", "truncation"), 1)
         at_least |= dict.fromkeys(("pair_size", "pair_layers"), 1)
         for name in fields(self):
@@ -208,7 +217,8 @@ OF_LOSS = {"loss_form", "reg_strength", "regulariser", "granularity"}
 OF_ROUNDS = {
     *("dln", "inner_steps", "inner", "inner_lr", "inner_momentum", "commit", "meta_split"),
     *("meta_share", "meta_batch_size", "hvp", "hvp_step", "detach", "dln_optimiser", "lstm_size"),
-    *("lstm_cells", "update_scale", "teacher_every", "truncation", "pair_size", "pair_layers"),
+    *("lstm_cells", "lstm_p", "lstm_head", "update_scale", "teacher_every", "truncation"),
+    *("pair_size", "pair_layers"),
 }
 OF_PREDICTOR = {
     *("memory_path", "teacher_size", "teacher_bias", "teacher_input", "huber_delta", "huber_twice"),
@@ -314,6 +324,10 @@ class CrossEntropy:
     def __init__(self):
         self.state = {}
 
+    def __str__(self):
+        """What describes the run beside its student; "" when nothing does"""
+        return ""
+
     def loss(self, logits, targets, B, step, square=None):
         """logits (..., V), targets (...) of B sequences -> ∂/∂logits, ∂/∂|θ|², what to log: "loss"
         is always the cross-entropy.   logits are lost"""
@@ -333,6 +347,16 @@ class Static(CrossEntropy):
         self.cfg, self.seed = cfg, seed
         self.penalises_weights = cfg.regulariser == "weights"
         self.state = {} if schedule is None else {"replay": schedule}
+
+    def __str__(self):
+        cfg = self.cfg
+        weights = {
+            "constant": f"all {cfg.static_weight:g}",
+            "random": f"drawn, {cfg.static_weight:g} ± {cfg.weight_std:g}",
+            "replay": f"those of {cfg.replay}",
+        }[cfg.weights]
+        text = f"static: weights {weights}, "
+        return text + f"{cfg.loss_form}, {cfg.regulariser} times {cfg.reg_strength:g}"
 
     def loss(self, logits, targets, B, step, square=None):
         """As CrossEntropy"""
@@ -392,6 +416,12 @@ class Released(CrossEntropy):
         self.state = {"dln": dln, "teacher": teacher}
         self.state |= {f"{name}_moments": optim.adamw_init(p) for name, p in self.state.items()}
         self.state["memory"] = l2t.memory_init(cfg, S, np, dtype)
+
+    def __str__(self):
+        sizes = [sum(p.size for p in self.state[name].values()) for name in ("dln", "teacher")]
+        text = "released: loss network of {:,} and teacher of {:,} parameters".format(*sizes)
+        text += f", features {self.cfg.features}, memory path {self.cfg.memory_path}"
+        return f"{text}, memory of {self.cfg.memory_size:,} sequences"
 
     def loss(self, logits, targets, B, step, square=None):
         """As CrossEntropy"""

@@ -793,38 +793,64 @@ def test_hypergradient_of_the_published_student(kind):
 # The teacher
 
 
-def teacher_case(seed=0, P=11, dtype="float64"):
+of_teachers = pytest.mark.parametrize(
+    ("head", "p"), [("cell", 10.0), ("linear", 10.0), ("linear", 5.0)]
+)
+
+
+def teacher_case(seed=0, P=11, dtype="float64", head="cell"):
     rng = np.random.default_rng(seed)
-    psi = l2t.teacher_init(CFG, rng, dtype)
+    psi = l2t.teacher_init(replace(CFG, head=head), rng, dtype)
     g = (rng.standard_normal(P) * np.logspace(-8, 1, P)).astype(dtype)
     state = l2t.teacher_state(psi, P)
     state = [0.5 * rng.standard_normal(s.shape).astype(dtype) for s in state]
     return psi, g, state, rng
 
 
-def test_preprocessing():
-    edge = np.exp(-10.0)
-    g = np.array([0.0, 1.0, -1.0, edge * 1.0001, -edge * 0.9999, edge, 1e-12, -30.0])
-    q = l2t.preprocess(g)
+@pytest.mark.parametrize("p", [10.0, 5.0, 0.5, l2t.MOST_P])
+def test_preprocessing(p):
+    edge = np.exp(-p)
+    g = np.array([0.0, 1.0, -1.0, edge * 1.0001, -edge * 0.9999, edge, 1e-18, -30.0])
+    q = l2t.preprocess(g, p)
+    assert p != 10 or (q == l2t.preprocess(g)).all()
     assert q.shape == (8, 2)
     large = abs(g) >= edge
     assert (large == [False, True, True, True, False, True, False, True]).all()
-    assert error(q[large, 0], np.log(abs(g[large]) + 1e-8) / 10) < 1e-15
+    assert error(q[large, 0], np.log(abs(g[large]) + 1e-8) / p) < 1e-15
     assert (q[large, 1] == np.sign(g[large])).all() and (q[~large, 0] == -1).all()
     assert error(q[~large, 1], g[~large] / edge) < 1e-15
-    assert l2t.preprocess(g.astype("float32")).dtype == "float32"
+    narrow = l2t.preprocess(g.astype("float32"), p)
+    assert narrow.dtype == "float32" and np.isfinite(narrow).all()
 
 
-def test_teacher_over_two_rounds_against_the_definition():
+def test_a_linear_head_is_what_is_drawn_last():
+    """All cells are of one width; PyTorch's bounds, of cells and head alike"""
+    cfg = l2t.Config(hidden=16, cells=2, head="linear")
+    psi = l2t.teacher_init(cfg, np.random.default_rng(0))
+    cells = {n: p.shape for n, p in psi.items() if n[0] in "01"}
+    wide = {f"{i}.{n}": (64, *rest) for i in "01" for n, *rest in (("U", 16), ("b",), ("c",))}
+    assert cells == wide | {"0.W": (64, 2), "1.W": (64, 16)}
+    assert {n: psi[n].shape for n in psi.keys() - cells} == {"head.W": (1, 16), "head.b": (1,)}
+    assert all(p.dtype == "float32" and abs(p).max() <= 0.25 for p in psi.values())
+    assert abs(psi["head.W"]).max() > 0.15
+    drawn = [l2t.teacher_init(cfg, np.random.default_rng(i))["head.b"] for i in range(30)]
+    assert 0.2 < abs(np.array(drawn)).max() <= 0.25
+    assert [s.shape for s in l2t.teacher_state(psi, 5)] == [(2, 5, 16)] * 2
+    one = l2t.teacher_init(replace(cfg, head="cell"), np.random.default_rng(0))
+    assert all((one[n] == psi[n]).all() for n in ("0.W", "0.U", "0.b", "0.c"))
+
+
+@of_teachers
+def test_teacher_over_two_rounds_against_the_definition(head, p):
     """From states that are not zero; the first round's gradient through the states as well"""
-    psi, g, state, rng = teacher_case()
+    psi, g, state, rng = teacher_case(head=head)
     later = rng.standard_normal(len(g))
 
     def forward(arrays):
         given = {n: arrays[n] for n in psi}
         before = [arrays[f"state.{i}"] for i in range(len(state))]
-        u1, between, first = l2t.teacher_forward(given, g, before)
-        u2, after, second = l2t.teacher_forward(given, later, between)
+        u1, between, first = l2t.teacher_forward(given, g, before, p)
+        u2, after, second = l2t.teacher_forward(given, later, between, p)
         return np.concatenate([u1, u2, *(s.ravel() for s in after)]), (first, second)
 
     def backward(dy, caches):
@@ -842,22 +868,27 @@ def test_teacher_over_two_rounds_against_the_definition():
 
 
 @needs_torch
-def test_teacher_is_pytorchs_cells(one_torch_thread):
+@of_teachers
+def test_teacher_is_pytorchs_cells(one_torch_thread, head, p):
     import torch
 
-    psi, g, state, _ = teacher_case()
-    u, after, _ = l2t.teacher_forward(psi, g, state)
-    x = torch.tensor(l2t.preprocess(g))
+    psi, g, state, _ = teacher_case(head=head)
+    u, after, _ = l2t.teacher_forward(psi, g, state, p)
+    x = torch.tensor(l2t.preprocess(g, p))
     for i, s in enumerate(state):
         W, U, b, c = (torch.tensor(psi[f"{i}.{n}"]) for n in "WUbc")
         h, cell = torch.tensor(s)
         x, cell = torch.lstm_cell(x, (h, cell), W, U, b, c)
         assert error(after[i], torch.stack([x, cell]).numpy()) < 1e-14
-    assert error(u, x[:, 0].numpy()) < 1e-14 and (abs(u) < 1).all()
+    if head == "linear":
+        x = torch.nn.functional.linear(x, *(torch.tensor(psi[f"head.{n}"]) for n in "Wb"))
+    assert error(u, x[:, 0].numpy()) < 1e-14
+    assert head == "linear" or (abs(u) < 1).all()
 
 
-def test_coordinates_are_on_their_own():
-    psi, g, state, rng = teacher_case()
+@pytest.mark.parametrize("head", l2t.HEADS)
+def test_coordinates_are_on_their_own(head):
+    psi, g, state, rng = teacher_case(head=head)
     u, after, _ = l2t.teacher_forward(psi, g, state)
     order = rng.permutation(len(g))[:5]
     u5, after5, _ = l2t.teacher_forward(psi, g[order], [s[:, order] for s in state])
@@ -876,24 +907,37 @@ def test_flatten_and_back():
 # A round
 
 
+def of_head(problem, head):
+    """The problem's ψ, or one with a linear head"""
+    if head == "cell":
+        return problem.psi
+    dtype = problem.psi["0.W"].dtype
+    rng = np.random.default_rng(4)  # E jumps at the kinks of (4): none is within the stencils
+    return l2t.teacher_init(replace(CFG, head=head), rng, dtype)
+
+
 @needs_torch
-def test_teachers_gradient_is_pytorchs(one_torch_thread):
+@of_teachers
+def test_teachers_gradient_is_pytorchs(one_torch_thread, head, p):
     """Through the unroll and the cells; what the teacher is fed is a constant"""
     import torch
 
     problem, optimiser = Problem(seed=10, K=3), hvp.Optimiser("sgd", optim.Group(0.3))
-    done = run_round(problem)
-    psi = {n: torch.tensor(p, requires_grad=True) for n, p in problem.psi.items()}
+    own = of_head(problem, head)
+    done = run_round(problem, own, p=p)
+    psi = {n: torch.tensor(x, requires_grad=True) for n, x in own.items()}
     G = torch_hypergradient(problem, optimiser)[0]
-    u = torch.tensor(l2t.preprocess(l2t.flatten(G)))
+    u = torch.tensor(l2t.preprocess(l2t.flatten(G), p))
     for i in range(CFG.cells):
         W, U, b, c = (psi[f"{i}.{n}"] for n in "WUbc")
         h = torch.full((len(u), U.shape[1]), 0.1, dtype=torch.float64)
         u, _ = torch.lstm_cell(u, (h, h), W, U, b, c)
+    if head == "linear":
+        u = torch.nn.functional.linear(u, psi["head.W"], psi["head.b"])
     phi, at = {}, 0
-    for name, p in problem.phi.items():
-        phi[name] = torch.tensor(p) - 0.5 * u[at : at + p.size, 0].reshape(p.shape)
-        at += p.size
+    for name, x in problem.phi.items():
+        phi[name] = torch.tensor(x) - 0.5 * u[at : at + x.size, 0].reshape(x.shape)
+        at += x.size
     theta = {n: torch.tensor(p, requires_grad=True) for n, p in problem.theta.items()}
     last = torch_steps(problem, optimiser, theta, phi)
     z = torch.tensor(problem.xv) @ torch.cat([last["top"], last["rest"]])
@@ -903,7 +947,7 @@ def test_teachers_gradient_is_pytorchs(one_torch_thread):
     assert relative(done.grads, {n: g.numpy() for n, g in theirs.items()}) < 1e-12
 
 
-def run_round(problem, psi=None, scale=0.5, phi=None, kind="sgd", teacher=None):
+def run_round(problem, psi=None, scale=0.5, phi=None, kind="sgd", teacher=None, p=10.0):
     """A round; `scale` large, for u to matter"""
     psi = problem.psi if psi is None else psi
     theta, optimiser = {"W": join(problem.theta)}, hvp.Optimiser(kind, optim.Group(0.3))
@@ -912,23 +956,26 @@ def run_round(problem, psi=None, scale=0.5, phi=None, kind="sgd", teacher=None):
     def roll_out(phi):
         return l2t.episode(phi, theta, batches, held_out, optimiser)
 
-    size = sum(p.size for p in problem.phi.values())
+    size = sum(x.size for x in problem.phi.values())
     state = [s + 0.1 for s in l2t.teacher_state(psi, size)]
-    return l2t.teach(problem.phi, roll_out, teacher or l2t.lstm_teacher(psi, state), scale)
+    return l2t.teach(problem.phi, roll_out, teacher or l2t.lstm_teacher(psi, state, p), scale)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_teachers_gradient_is_the_slope_of_the_second_held_out_loss(kind):
+@of_teachers
+def test_teachers_gradient_is_the_slope_of_the_second_held_out_loss(kind, head, p):
     problem = Problem(seed=9)
-    done = run_round(problem, kind=kind)
+    own = of_head(problem, head)
+    done = run_round(problem, own, kind=kind, p=p)
 
     def after(psi):
-        return run_round(problem, psi, kind=kind).second[0]
+        return run_round(problem, psi, kind=kind, p=p).second[0]
 
     for seed in range(3):
-        assert slope_error(after, problem.psi, done.grads, seed, 1e-5) < 1e-7
-    for name in problem.psi:
-        assert done.grads[name].shape == problem.psi[name].shape
+        assert slope_error(after, own, done.grads, seed, 1e-5) < 1e-8
+    assert done.grads.keys() == own.keys()
+    for name in own:
+        assert done.grads[name].shape == own[name].shape
 
 
 def test_identity_teacher_is_plain_sgd_on_the_loss():
@@ -962,10 +1009,12 @@ def test_float32_stays_float32(kind):
         for ours, exact in zip(results, wide, strict=True):
             assert all(x.dtype == "float32" for x in ours.values())
             assert relative(ours, exact) < 2e-2
-    done = run_round(Problem(dtype="float32"), kind="adamw")
-    arrays = [done.u, *done.phi.values(), *done.grads.values(), *done.state]
-    assert all(x.dtype == "float32" for x in arrays)
-    assert done.second[0].dtype == "float32"
+    for head in l2t.HEADS:
+        narrow = Problem(dtype="float32")
+        done = run_round(narrow, of_head(narrow, head), kind="adamw", p=5.0)
+        arrays = [done.u, *done.phi.values(), *done.grads.values(), *done.state]
+        assert all(x.dtype == "float32" for x in arrays)
+        assert done.second[0].dtype == "float32"
 
 
 @pytest.mark.parametrize("layout", ["fortran", "strided", "read-only"])
@@ -1017,9 +1066,13 @@ def test_on_arrays_of_the_device(plain, kind):
     v = device.held_out(device.theta)[1]
     H, _ = hvp.central_differences(lambda at: device.gradients(0, at), device.theta, v)
     assert all(isinstance(x, strict.Array) for x in H.values())
-    done, there = run_round(problem), run_round(device)
-    grads = {n: backend.to_host(x) for n, x in there.grads.items()}
-    assert relative(grads, done.grads) < 1e-11
+    for head in l2t.HEADS:
+        psi = of_head(problem, head)
+        copied = {n: strict.asarray(x) for n, x in psi.items()}
+        done, there = run_round(problem, psi), run_round(device, copied)
+        assert all(isinstance(x, strict.Array) for x in there.grads.values())
+        grads = {n: backend.to_host(x) for n, x in there.grads.items()}
+        assert relative(grads, done.grads) < 1e-11
 
 
 # Bad input
@@ -1052,6 +1105,9 @@ def test_other_bad_input_gets_its_sentence():
         ({"hidden": 0}, "at least 1"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"update_scale": np.inf}, "update_scale=inf"),
+        ({"head": "tail"}, "head='tail' is not known; expected one of: cell, linear"),
+        *(({"p": p}, f"^p={p}: expected more than 0 and at most 40") for p in (0, -1.0, np.nan)),
+        ({"p": 40.5}, r"p=40\.5: expected"),
     ):
         with pytest.raises(Error, match=sentence):
             l2t.Config(**settings)
@@ -1064,12 +1120,16 @@ def test_golden_case(plain):
     case = cases.read_case(GOLDEN)
     for rows in (cases.verify(case), plain(cases.verify, case)):
         assert len(rows) == 32 and all(row.ok and row.error < 1e-12 for row in rows)
+    other = replace(case, settings=case.settings | {"p": 5.0})
+    assert {"out.update", "out.val_loss_after"} <= {
+        r.tensor for r in cases.verify(other) if not r.ok
+    }
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_our_own_cases(precision):
     settings = {"K": 2, "n_classes": 3, "hidden": 5, "cells": 2, "dln_layers": 1, "dln_hidden": 7}
-    for more in ({}, {"lr": 2.0, "update_scale": 0.1}, {"cells": 1}):
+    for more in ({}, {"lr": 2.0, "update_scale": 0.1}, {"cells": 1}, {"p": 5.0}):
         case = cases.make_case("l2t", "unrolled", settings | more, 4, 6, precision)
         assert all(row.ok for row in cases.verify(case))
         off = {
@@ -1091,6 +1151,8 @@ def test_bad_cases_get_their_sentence():
         ({}, {"n_classes": 4}, "n_classes=4, but in.W0 has 5"),
         ({}, {"hidden": 4}, "hidden=4, but"),
         ({}, {"gru_size": 4}, "the setting 'gru_size' is not one of l2t's"),
+        ({}, {"head": "linear"}, "head='linear': cases have the published head"),
+        ({}, {"p": 0.0}, r"p=0\.0: expected more than 0"),
         ({"param.lstm.recurs.bias_hh": np.zeros(3)}, {}, "bias_hh has the shape"),
     )
     for tensors, settings, sentence in wrong:

@@ -316,6 +316,37 @@ def test_sliding_windows(window, batch_size):
     assert all(batch.x.shape == (min(batch_size, count), window) for batch in batches)
 
 
+@pytest.mark.parametrize(
+    "window, batch_size", [(7, 1), (7, 4), (50, 10), (100, 1), (99, 3), (1, 6), (2, 1000)]
+)
+def test_last_targets_of_windows(window, batch_size):
+    """Every token after the first window once, each with a whole window before it"""
+    tokens = np.random.default_rng(0).permutation(101).tolist()
+    made = of_stream(tokens, window)
+    batches = list(data.eval_batches(made.test, made, batch_size, protocol="last"))
+    count, found = 101 - window, []
+    for batch in batches:
+        assert batch.x.shape == batch.targets.shape and batch.x.shape[1] == window
+        assert batch.targets.dtype == np.int64 and (batch.targets[:, :-1] == -1).all()
+        for x, target in zip(batch.x.tolist(), batch.targets[:, -1].tolist(), strict=True):
+            at = tokens.index(target)
+            assert x == tokens[at - window : at]
+            found.append(at)
+    assert found == list(range(window, 101))
+    assert len(found) == count == data.eval_samples(made.test, made, batch_size, "last")
+    sizes = [batch_size] * (count // batch_size) + [count % batch_size]
+    assert [len(batch.x) for batch in batches] == [size for size in sizes if size]
+    assert made.test.targets.tolist() == tokens[1:]
+
+
+def test_samples_have_all_their_targets_by_every_protocol(mqar):
+    loaded, _ = mqar
+    for protocol in data.PROTOCOLS:
+        batches = data.eval_batches(loaded.test, loaded, 4, protocol=protocol)
+        targets = np.concatenate([batch.targets for batch in batches])
+        assert np.array_equal(targets, loaded.test.targets)
+
+
 @pytest.mark.parametrize("protocol", data.PROTOCOLS)
 def test_some_windows(text, protocol):
     every = list(data.eval_batches(text.test, text, 1, protocol=protocol))
@@ -328,7 +359,7 @@ def test_some_windows(text, protocol):
         return sorted(rows)
 
     assert chosen(1) == chosen(1)
-    if protocol == "stream":  # of sliding ones the batch size decides which there are
+    if protocol != "sliding":  # of sliding ones the batch size decides which there are
         assert chosen(1) == chosen(3)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -265,6 +266,26 @@ def test_an_evaluation_of_some_windows_is_part_of_all(folder):
     assert loss == pytest.approx(np.mean(losses), rel=1e-12)
 
 
+@pytest.mark.parametrize("model", ["s4d", "hyena", "transformer"])
+def test_last_positions_of_windows(folder, model):
+    """Against a loop over the positions, each the last of a window on its own"""
+    _, loaded, recipe, cfg, params = made(folder, model, batch_size=9, eval_protocol="last")
+    tokens, losses, right = loaded.test.values.astype(int), {}, {}
+    for at in range(16, 215):
+        row = log_softmax(network.forward(params, tokens[None, at - 16 : at], cfg)[0][0, -1])
+        losses[at], right[at] = -row[tokens[at]], row.argmax() == tokens[at]
+    loss, accuracy = train.evaluate(params, cfg, loaded.test, loaded, recipe)
+    assert train.evaluated(loaded.test, loaded, recipe) == (199, 199)
+    assert loss == pytest.approx(np.mean([*losses.values()]), rel=1e-12)
+    assert accuracy == np.mean([*right.values()])
+    some = replace(recipe, eval_samples=25)
+    assert train.evaluated(loaded.test, loaded, some) == (25, 199)
+    starts = np.sort(np.random.default_rng(0).permutation(199)[:25])
+    loss, accuracy = train.evaluate(params, cfg, loaded.test, loaded, some)
+    assert loss == pytest.approx(np.mean([losses[at] for at in starts + 16]), rel=1e-12)
+    assert accuracy == np.mean([right[at] for at in starts + 16])
+
+
 def test_recall_can_be_learned(folder, few):
     """A few samples by heart: the queries' accuracy goes up, the loss below that of guessing"""
     _, loaded, recipe, cfg, params = made(folder, "transformer", "mqar-64-4", d_model=32, lr=5e-3)
@@ -426,6 +447,27 @@ def test_the_other_protocol(whole, call, folder):
     assert presets.read_settings(out / "config.json")["recipe"]["eval_protocol"] == "stream"
 
 
+def test_the_last_positions_of_a_run(whole, call, monkeypatch):
+    """Of one target a window --eval-samples is the number at every length"""
+    out = whole[0]
+    code, text, _ = call("--resume", out, "--eval-only --eval-protocol last --eval-samples 30")
+    assert code == 0 and "    by the protocol last, windows of 32\n" in text
+    assert "    on 30 of the 183 windows (--eval-samples)\n" in text
+    counts, scores = [], train.scores
+
+    def counted(*args):
+        loss, right = scores(*args)
+        counts.append(right.size)
+        return loss, right
+
+    monkeypatch.setattr(train, "scores", counted)
+    lengths_of = "--eval-lengths 16,32 --eval-protocol last --eval-samples 30"
+    code, _, err = call("--resume", out, lengths_of)
+    assert code == 0, err
+    assert lengths(out)["protocol"] == "last" and sum(counts) == 60
+    (out / "lengths.json").unlink()
+
+
 # What it refuses
 
 
@@ -436,7 +478,7 @@ def test_the_other_protocol(whole, call, folder):
         ("--model transformer --bidirectional", 2, "needs a causal map"),
         ("--model hope --conv circular", 2, "language modelling needs a causal map"),
         ("--model s4d --decoder mean", 1, "has a target at every position"),
-        ("--model s4d --eval-protocol leaping", 2, "expected one of: stream, sliding"),
+        ("--model s4d --eval-protocol leaping", 2, "expected one of: stream, sliding, last."),
         ("--model s4d --tied perhaps", 2, "expected one of: auto, yes, no"),
         ("--model s4d --max-length 5000", 1, "too few for a window of 5,000"),
         ("--model s4d --max-length 1", 2, "not in the range"),
@@ -477,6 +519,8 @@ def test_refusals_where_there_is_no_stream(whole, call, few, tmp_path):
     assert code == 1 and is_sentence(err) and "is for language models, and mqar-64-4" in err
     code, _, err = call(start, "--eval-protocol sliding --out", tmp_path / "other")
     assert code == 1 and is_sentence(err) and "--eval-protocol sliding is for language mod" in err
+    code, _, err = call(start, "--eval-protocol last --out", tmp_path / "other")
+    assert code == 1 and is_sentence(err) and "--eval-protocol last is for language mod" in err
     code, _, err = call(start, "--max-length 32 --out", tmp_path / "other")
     assert code == 1 and is_sentence(err) and "mqar-64-4 has samples of one length" in err
     code, _, err = call("--resume", whole[0], "--eval-lengths 215")

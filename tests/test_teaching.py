@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import strict
 from conftest import error, idx
+from test_gpu import cupy_device
 from test_lm_train import PROSE
 from test_train import checkpoint, is_sentence, metrics, result, same, words
 
@@ -43,6 +44,7 @@ TEACHERS = {
     "lstm": "--teacher lstm --inner-steps 2 --lstm-size 3 --lstm-cells 2 --teacher-every 2 "
     f"--truncation 2 {SMALL_NETWORKS} --meta-share 0.2",
 }
+LINEAR = f"{TEACHERS['lstm']} --lstm-head linear --lstm-p 5"
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +78,10 @@ def call(folder, capsys, monkeypatch):
 # From the command line
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", [*TEACHERS, "linear head"])
 def test_resumed_it_has_the_same_bits(call, tmp_path, monkeypatch, name):
     """Killed at the third checkpoint; the teacher's state is among the tensors of the second"""
-    start = f"{STUDENT} {TEACHERS[name]}"
+    start = f"{STUDENT} {TEACHERS.get(name, LINEAR)}"
     code, _, err = call(start, "--out", tmp_path / "whole")
     assert code == 0, err
     save, left = train.runs.save_checkpoint, [3]
@@ -98,6 +100,9 @@ def test_resumed_it_has_the_same_bits(call, tmp_path, monkeypatch, name):
     assert same(tmp_path / "cut", tmp_path / "whole")
     kept = [n for n in checkpoint(tmp_path / "whole")[0] if n.startswith("teacher.")]
     assert bool(kept) == (name not in ("static", "random"))
+    of_head = {f"teacher.teacher{moment}/{m}head.{n}" for n in "Wb"
+               for moment, m in (("", ""), ("_moments", "m."), ("_moments", "v."))}  # fmt: skip
+    assert of_head <= set(kept) if name == "linear head" else not of_head & set(kept)
 
 
 def test_what_is_logged(call, tmp_path):
@@ -173,6 +178,12 @@ BAD = {
     "--teacher static --weights replay": "--replay RUN",
     "--teacher static --weights random --weight-std 0.6": "weight_std=0.6",
     "--teacher hypergrad --no-detach --features released": "features=released",
+    "--teacher lstm --lstm-p 0": "lstm_p=0.0: expected more than 0 and at most 40",
+    "--teacher lstm --lstm-p -2": "lstm_p=-2.0: expected more than 0",
+    "--teacher lstm --lstm-p 41": "lstm_p=41.0: expected more than 0",
+    "--teacher lstm --lstm-head last": "lstm_head='last' is not known; expected one of: cell, lin",
+    "--teacher released --lstm-p 5": "--lstm-p does nothing with --teacher released",
+    "--teacher released --lstm-head cell": "--lstm-head does nothing with --teacher released",
     "--teacher nobody": "'nobody'",
 }
 
@@ -454,33 +465,43 @@ def test_identity_teacher_is_sgd_on_the_loss_network():
     assert all(np.array_equal(theta[name], p) for name, p in done.second[2].items())
 
 
-def test_a_round_of_the_lstm_is_the_published_one():
+of_teachers = pytest.mark.parametrize(
+    ("head", "p"), [("cell", 10.0), ("linear", 10.0), ("linear", 5.0)]
+)
+
+
+@of_teachers
+def test_a_round_of_the_lstm_is_the_published_one(head, p):
     """M = J = 1: ref.l2t_unrolled.teach, and a step of Adam along its gradient"""
     own = {"lstm_size": 4, "lstm_cells": 3, "update_scale": 0.1, "teaching_schedule": "constant"}
+    own |= {"lstm_head": head, "lstm_p": p}
     _, params, made, batches, held_out = built("lstm", K=2, dln="weights", **own)
     moments, psi = optim.adamw_init(params), made.state["teacher"]
 
     def roll_out(phi):
         return made.roll_out(params, moments, phi, batches, 1, lambda step: 1.0, held_out)
 
-    size = sum(p.size for p in made.state["dln"].values())
-    teacher = l2t_unrolled.lstm_teacher(psi, l2t_unrolled.teacher_state(psi, size))
+    size = sum(x.size for x in made.state["dln"].values())
+    teacher = l2t_unrolled.lstm_teacher(psi, l2t_unrolled.teacher_state(psi, size), p)
+    assert psi["2.U"].shape == ((4, 1) if head == "cell" else (16, 4))
+    assert ("head.W" in psi) == (head == "linear")
     done = l2t_unrolled.teach(made.state["dln"], roll_out, teacher, 0.1)
     theta, _, lines = made.round(params, moments, batches, 1, 10, lambda step: 1.0)
-    assert all(np.array_equal(theta[name], p) for name, p in done.second[2].items())
-    assert all(np.array_equal(made.state["dln"][name], p) for name, p in done.phi.items())
-    expected, after = {n: p.copy() for n, p in psi.items()}, optim.adamw_init(psi)
+    assert all(np.array_equal(theta[name], x) for name, x in done.second[2].items())
+    assert all(np.array_equal(made.state["dln"][name], x) for name, x in done.phi.items())
+    expected, after = {n: x.copy() for n, x in psi.items()}, optim.adamw_init(psi)
     teaching.adamw(expected, done.grads, after, 1, made.cfg.teacher_lr, 0.0, 0.0)
-    assert all(np.array_equal(made.state["teacher"][name], p) for name, p in expected.items())
+    assert all(np.array_equal(made.state["teacher"][name], x) for name, x in expected.items())
     assert lines[-1]["dln_loss"] == done.first[0] and lines[-1]["teacher_loss"] == done.second[0]
 
 
-def test_lstm_gradient_through_several_updates():
+@of_teachers
+def test_lstm_gradient_through_several_updates(head, p):
     """J = 3 of M = 4: of <c, φ'> in ψ, the inputs constants; the update before is a constant"""
-    own = {"lstm_size": 3, "lstm_cells": 2, "update_scale": 0.1}
+    own = {"lstm_size": 3, "lstm_cells": 2, "update_scale": 0.1, "lstm_head": head, "lstm_p": p}
     _, _, made, *_ = built("lstm", dln="weights", teacher_every=4, truncation=3, **own)
     rng, phi = np.random.default_rng(0), made.state["dln"]
-    G = [{n: 0.1 * rng.standard_normal(p.shape) for n, p in phi.items()} for _ in range(5)]
+    G = [{n: 0.1 * rng.standard_normal(x.shape) for n, x in phi.items()} for _ in range(5)]
     cells = []
     for i in range(4):
         cells.append(made.state["cells"])
@@ -490,16 +511,18 @@ def test_lstm_gradient_through_several_updates():
     def value(psi):
         state, total = [cells[1][str(i)] for i in range(2)], 0.0
         for g in G[1:4]:
-            u, state, _ = l2t_unrolled.teacher_forward(psi, l2t_unrolled.flatten(g), state)
+            u, state, _ = l2t_unrolled.teacher_forward(psi, l2t_unrolled.flatten(g), state, p)
             total -= 0.1 * float(u @ l2t_unrolled.flatten(G[4]))
         return total
 
     assert stencil(made, value, made.state["teacher"], grads, 0, 1e-4) < TOLERANCE
 
 
-@pytest.mark.parametrize("teacher", ["hypergrad", "lstm"])
+@pytest.mark.parametrize("teacher", ["hypergrad", "lstm", "linear head"])
 def test_float32_stays_float32(teacher):
-    own = {"lstm_size": 3} if teacher == "lstm" else {}
+    own = {} if teacher == "hypergrad" else {"lstm_size": 3}
+    if teacher == "linear head":
+        own, teacher = own | {"lstm_head": "linear", "lstm_p": 5.0}, "lstm"
     _, params, made, batches, _ = built(teacher, K=2, dtype="float32", dln="weights", **own)
     params, moments, _ = made.round(
         params, optim.adamw_init(params), batches, 1, 10, lambda step: 1.0
@@ -583,14 +606,19 @@ def test_config_says_which_teacher(call, tmp_path):
 # On the device
 
 
-@pytest.mark.parametrize("name", ["static", "released", "hypergrad", "differences", "lstm"])
-def test_on_arrays_of_the_device(plain, name):
-    """A step or a round on strict arrays gives the numbers of the readable form"""
-    own = {"lstm_size": 3, "dln": "weights"} if name == "lstm" else {}
+@pytest.mark.parametrize("machine", ["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "name", ["static", "released", "hypergrad", "differences", "lstm", "linear head"]
+)
+def test_on_arrays_of_the_device(plain, name, machine):
+    """A step or a round there gives the numbers of the readable form"""
+    device = strict if machine == "strict" else cupy_device()
+    own = {"lstm_size": 3, "dln": "weights"} if name in ("lstm", "linear head") else {}
+    own |= {"lstm_head": "linear"} if name == "linear head" else {}
     own |= {"hvp": "differences"} if name == "differences" else {}
     own |= {"dln_optimiser": "sgd"}  # Adam makes a rounding error a whole step
-    rounded = name in ("hypergrad", "differences", "lstm")
-    kind = "hypergrad" if name == "differences" else name
+    rounded = name not in ("static", "released")
+    kind = {"differences": "hypergrad", "linear head": "lstm"}.get(name, name)
     cfg, params, made, batches, _ = built(kind if rounded else "hypergrad", K=2, **own)
     if name == "static":
         teacher = teaching.Static(teaching.Config(teacher="static"), 3)
@@ -620,6 +648,6 @@ def test_on_arrays_of_the_device(plain, name):
         theta |= {n: p for n, p in state.items() if n.startswith("dln_moments/m")}
         return {n: backend.to_host(p) for n, p in theta.items()}
 
-    expected, found = plain(run, np), run(strict)
+    expected, found = plain(run, np), run(device)
     for name, p in expected.items():
         assert error(found[name], p) < 1e-9, name
