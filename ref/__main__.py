@@ -25,10 +25,12 @@ def _model_command(*args, **kwargs):
 
     class ModelCommand(click.Command):
         def get_params(self, context):
-            known = CASE_MODELS if self.name == "case" else network.MODELS
+            known = CASE_MODELS if self.name in ("case", "verify") else network.MODELS
             models = [m for m in all_named(sys.argv, "--model") if m in known]
             models = models if self.name == "plot" else models[-1:]  # elsewhere the last one holds
             modules = [_module(m) for m in models or network.MODELS[:1]]
+            if self.name == "verify" and not models:
+                modules = []  # of files
             configs = [c for m in modules for c in (m.Config, *_part_configs(m, self.name))]
             return super().get_params(context) + options_of(*configs)
 
@@ -37,7 +39,10 @@ def _model_command(*args, **kwargs):
 
 def _part_configs(module, command):
     """The further Configs that parts of a model have, in cases"""
-    return getattr(module, "CASE_CONFIGS", {}).values() if command == "case" else ()
+    if command not in ("case", "verify"):
+        return ()
+    outer = [network.Config] if hasattr(module, "PUBLISHED") else []
+    return *getattr(module, "CASE_CONFIGS", {}).values(), *outer
 
 
 def _module(model):
@@ -107,52 +112,107 @@ model_option = click.option(
 )
 
 
-@main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_model_command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--callable", "spec", help="Instead of files: a function, as module:name.")
+@click.option("--model", type=click.Choice(CASE_MODELS), help="callable: the model.")
+@click.option("--part", help="callable: scan, operator, mixer, block, network, ...; see case.")
+@click.option("--dtype", help="callable: float64, float32, float16 or bfloat16. [float32]")
+@click.option("--framework", help="callable: numpy, torch, torch:cuda, cupy or jax. [numpy]")
+@click.option("--batch", "-B", type=click.IntRange(1), help="callable: batch size. [2]")
+@click.option("--length", "-L", type=click.IntRange(1), help="callable: sequence length. [24]")
+@click.option("--seed", type=click.IntRange(0), help="callable: the first one. [0]")
+@click.option("--seeds", type=click.IntRange(1), help="callable: how many. [1]")
+@click.option("--initial-state", is_flag=True, help="callable: it goes on from a state.")
+@click.option("--sweep", is_flag=True, help="callable: lengths 1 to 2048, widths odd and even.")
+@click.option("--json", "output", help="Also write the report here, as JSON; -: nothing but it.")
+@click.option("--peers", is_flag=True, help="Instead of files: other people's implementations.")
 @click.option("--quiet", is_flag=True, help="Only tensors that fail, and the count.")
-def verify(files, quiet):
+def verify(files, spec, output, quiet, **given):
     """Recompute case files in float64 and report each tensor:
-    normalised error, what is allowed, the worst element.
+    normalised error, what is allowed, the worst element. Where one is wrong and, if that is
+    certain, how.
+
+    With --callable a function of yours is called and compared; it takes and returns what
+    ref.cases.verify_callable says. With --model the fields of its Config are options too.
 
     Exit code 1 when any tensor of any file fails; the other files are checked all the same.
 
     Example: python -m ref verify mine/*.safetensors
-    """
-    from ref import cases
 
-    failed = 0
-    for path in files:
-        try:
-            case = cases.read_case(path)
-            rows = cases.verify(case)
-        except Error as e:
-            failed += 1
-            print(f"{path}: FAILED\n    {e}")
-            continue
-        except MemoryError:
-            failed += 1
-            print(f"{path}: FAILED\n    out of memory: this case is too large for this machine.")
-            continue
-        wrong = sum(not row.ok for row in rows)
-        failed += wrong > 0
-        verdict = "FAILED" if wrong else "ok"
-        head = f"{case.model} {case.part}, {case.precision}: {len(rows) - wrong} of {len(rows)}"
-        print(f"{path}: {verdict}  ({head} tensors agree)")
-        for row in sorted(rows, key=lambda row: row.ok):
-            if not (quiet and row.ok):
-                print("    " + _line(row))
+    Example: python -m ref verify --callable my_module:my_scan --model longhorn --part scan
+    --framework torch -B 2 -L 1021 --d-model 64 --d-state 16
+    """
+    given = {n: v for n, v in given.items() if v not in (None, False)}
+    if given.pop("peers", False):
+        if files or spec or given:
+            raise click.UsageError("--peers goes with --json and --quiet only.")
+        from ref import peers
+
+        return peers.command(output, quiet)
+    if bool(files) == bool(spec):
+        raise click.UsageError("give case files, or --callable MODULE:FUNCTION.")
+    if files and given:
+        option = sorted(given)[0].replace("_", "-")
+        raise click.UsageError(f"--{option} is for --callable; a file says it itself.")
+    show = (lambda text: None) if output == "-" else print
+    reports = (
+        _verify_callable(spec, given, quiet, show) if spec else _verify_files(files, quiet, show)
+    )
+    failed = sum(not report.ok for report in reports)
     if len(files) > 1:
-        print(f"{len(files) - failed} of {len(files)} files agree")
+        show(f"{len(files) - failed} of {len(files)} files agree")
+    if output:
+        _write_json(output, reports)
     return int(failed > 0)
 
 
-def _line(row):
-    if row.problem:
-        return f"FAIL  {row.tensor}: {row.problem}"
-    own = f", rounding alone {row.unavoidable:.1e}" if row.unavoidable else ""
-    error = f"{row.tensor}: error {row.error:.1e} (allowed {row.allowed:.1e}{own})"
-    at = f"worst at {list(row.index)}: {row.value:.9g}, expected {row.expected:.9g}"
-    return f"{'ok  ' if row.ok else 'FAIL'}  {error}; {at}"
+def _verify_files(files, quiet, show):
+    """-> Reports, each shown when it is there"""
+    from ref import verify
+
+    reports = []
+    for path in files:
+        reports.append(verify.report_file(path))
+        show(reports[-1].text(quiet))
+    return reports
+
+
+def _verify_callable(spec, given, quiet, show):
+    """-> [Report or Sweep]"""
+    from ref import verify
+    from ref.frameworks import imported
+
+    for name in ("model", "part"):
+        if name not in given:
+            raise click.UsageError(f"--callable needs --{name}.")
+    names = {"batch": "B", "length": "L"}
+    known = ("model", "part", "dtype", "framework", "seed", "seeds", "initial_state", *names)
+    own = {names.get(n, n): given.pop(n) for n in known if n in given}
+    sweep = given.pop("sweep", False)
+    if sweep and own.keys() & {"B", "L"}:
+        raise click.UsageError("--sweep has its own batch sizes and lengths.")
+    f = imported(spec)
+    if sweep:
+        report = verify.over_shapes(f, settings=given, label=spec, show=show, **own)
+        show(report.closing(quiet))
+    else:
+        report = verify.verify_callable(f, settings=given, label=spec, **own)
+        show(report.text(quiet))
+    return [report]
+
+
+def _write_json(output, reports):
+    import json
+
+    from ref.files import write_atomically
+
+    ok = all(report.ok for report in reports)
+    whole = {"format": "ssm-report-1", "ok": ok, "reports": [r.as_dict() for r in reports]}
+    if output == "-":
+        print(json.dumps(whole))
+    else:
+        write_atomically(Path(output), (json.dumps(whole) + "\n").encode())
 
 
 @_model_command()
@@ -168,11 +228,16 @@ def _line(row):
 @click.option("--batch", "-B", default=2, type=click.IntRange(1), help="Batch size.")
 @click.option("--length", "-L", default=24, type=click.IntRange(1), help="Sequence length.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of inputs and parameters.")
-@click.option("--initial-state", is_flag=True, help="A scan that goes on from a state.")
+@click.option(
+    "--initial-state",
+    is_flag=True,
+    help="It goes on from a state: scan, mixer, block or network of mamba or longhorn.",
+)
 def case(model, part, output, precision, batch, length, seed, initial_state, **settings):
     """Write a case from the reference, for another implementation to be checked against.
 
-    The last options are the fields of the Config of --model (without it, of hope).
+    The last options are the fields of the Config of --model (without it, of hope), and those of a
+    network.
 
     Example: python -m ref case --model hope --part mixer --conv causal --d-model 8 -o
     case.safetensors
@@ -371,6 +436,24 @@ def checkpoint(path, output, layout, shard_mib):
         params, cfg = (params, cfg) if is_run else checkpoints.load(path)
         checkpoints.save(output, params, cfg, layout, shard_mib << 20)
         print(output)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def audit(names):
+    """Differences between papers and published code, computed now: a line of numbers for each;
+    with names, what differs and where, too.
+
+    Example: python -m ref audit hope-frozen-h
+    """
+    from ref import audit
+
+    try:
+        audit.check(names)
+    except Error as e:
+        raise click.UsageError(str(e)) from e
+    for i, text in enumerate(audit.lines(names)):
+        print(("\n" if names and i else "") + text, flush=True)
 
 
 @main.command()

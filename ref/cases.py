@@ -1,12 +1,11 @@
-"""The case format `ssm-case-1`: write cases, read them, recompute them, and say where another
-implementation differs.
+"""The case format `ssm-case-1`: write cases, read them, run the part of a model they are about.
 
 A case is a safetensors file with inputs `in.*`, parameters `param.*` under their published names,
 upstream gradients `dout.*`, and what came of them: `out.*`, `grad.in.*`, `grad.param.*`.
-Recomputing reads the first three only.
+Recomputing reads the first three only. What of another implementation agrees is in ref/verify.py,
+whose functions are also found here.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -16,11 +15,10 @@ import math
 import ml_dtypes
 import numpy as np
 
-from ref import Error, block, files, network, nn
+from ref import Error, files, network
 from ref.presets import check_kinds
 
 FORMAT = "ssm-case-1"
-TOLERANCE = 1e-9  # of float64, where the case does not name its own
 PRECISIONS = {
     "float64": np.dtype("float64"),
     "float32": np.dtype("float32"),
@@ -28,13 +26,26 @@ PRECISIONS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 SOURCES = ("in.", "param.", "dout.")
+HEAD = {"format": str, "model": str, "part": str, "precision": str, "config": dict}
+LAYERS = ("n_layers", "num_inner_mlps", "rpe_layers")  # each has parameters
+LEAST = 1 << 16  # a setting may be so large whatever the tensors are: lengths, depths
 SCAN_SETTINGS = ("update",)  # arguments of a scan that are no arrays
+STATEFUL = ("mixer", "block", "network")  # parts that go on from a state, of models that have one
+NETWORK = ("n_layers", "decoder", "tied", "final_norm", "positions", "pool_from")
 ALIASES = {  # a case's model -> whose module computes it, with which settings unless it has others
     "l2t-student": ("hyena", {"block": "bare", "filter": "gated", "recurrence": "residual"}),
 }
 # Models that are no layers: modules that say themselves what a case is
 OWN = {"etsc": "ref.etsc", "l2t": "ref.l2t_cases"}
-DRAWS = 8  # perturbed recomputations that measure what rounding alone does
+OF_VERIFY = {n: n for n in ("Report", "Row", "compute", "verify", "verify_callable")}
+OF_VERIFY["sweep"] = "over_shapes"  # names that are found here too
+
+
+def __getattr__(name):
+    """ref.verify's names, which itself needs this module"""
+    if name in OF_VERIFY:
+        return getattr(importlib.import_module("ref.verify"), OF_VERIFY[name])
+    raise AttributeError(f"module 'ref.cases' has no attribute {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +62,13 @@ class Case:
 
     def of(self, prefix):
         """The tensors whose names begin with prefix, without it"""
-        return {n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}
+        return _under(prefix, self.tensors)
 
 
 def read_case(path):
     """-> Case.   Error: missing, truncated, foreign, of an unknown format or model or precision"""
     tensors, metadata = files.read_tensors(path)
-    try:
-        head = json.loads(metadata["case"])
-        tolerance = head.get("tolerance") or json.loads(metadata.get("tolerance", "{}"))
-        head = {name: head[name] for name in ("format", "model", "part", "precision", "config")}
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
-        raise Error(f"{path} is no case file: its metadata lack {e}.") from e
+    head = _head(path, metadata)
     if head["format"] != FORMAT:
         raise Error(f"{path} has the format {head['format']!r}; this program reads {FORMAT!r}.")
     if head["precision"] not in PRECISIONS:
@@ -70,7 +76,33 @@ def read_case(path):
     known = ("in.", "out.", "param.", "dout.", "grad.in.", "grad.param.")
     if strange := [name for name in tensors if not name.startswith(known)]:
         raise Error(f"{path}: the name {strange[0]!r} is of no kind that the format has.")
-    return Case(head["model"], head["part"], head["precision"], head["config"], tensors, tolerance)
+    own = ("model", "part", "precision", "config")
+    for name, t in tensors.items():
+        whole = t.dtype.kind in "iu" and not name.startswith(("dout.", "grad."))
+        if not whole and t.dtype not in PRECISIONS.values():
+            names = ", ".join(PRECISIONS)
+            raise Error(f"{path}: {name} is of type {t.dtype}; expected {names}.")
+    return Case(*(head[name] for name in own), tensors, head["tolerance"])
+
+
+def _head(path, metadata):
+    """What a file says about itself -> {name: value}.   Error: it lacks something"""
+    texts = {name: metadata.get(name, "{}") for name in ("case", "tolerance")}
+    try:
+        head, tolerance = map(json.loads, texts.values())
+    except (ValueError, RecursionError) as e:
+        raise Error(f"{path} is no case file: its metadata are not JSON.") from e
+    for name, kind in HEAD.items():
+        if not isinstance(head, dict) or not isinstance(head.get(name), kind):
+            what = {str: "a text", dict: "an object"}[kind]
+            raise Error(f"{path} is no case file: {name!r} in its metadata has to be {what}.")
+    tolerance = head.get("tolerance") or tolerance
+    if not isinstance(tolerance, dict):
+        raise Error(f"{path}: the tolerance has to be an object, a number for each tensor.")
+    for name, allowed in tolerance.items():
+        if not isinstance(allowed, int | float) or not 0 <= allowed < 1e300:
+            raise Error(f"{path}: the tolerance of {name} is {allowed!r}; expected 0 or more.")
+    return head | {"tolerance": tolerance}
 
 
 def write_case(path, case):
@@ -117,46 +149,92 @@ class Part:
                 params[name] = p + 0.1 * np.abs(rng.standard_normal(p.shape))
         return self._to_published(params) | self._buffers()
 
-    def run(self, tensors, inputs, douts=None):
-        """-> {"out.*"}, with douts also {"grad.*"}.   Without dropout, with running moments"""
+    def run(self, tensors, inputs, douts=None, steps=True):
+        """-> {"out.*"}, with douts also {"grad.*"}; out.y_steps where it can be and steps is true
+
+        Without dropout, with running moments.
+        """
         module = self._module()
         if self.part == "init":
             return {f"out.{name}": t for name, t in module.init_outputs(self.cfg).items()}
         if self.part == "scan":
-            return self._scan(inputs, douts)
-        x = inputs["x"]
-        if self.part == "network":
-            params = network.from_published(tensors, self.cfg)
-            y, cache = network.forward(params, x, self.cfg, inputs.get("lengths"))
-        else:
-            params = module.from_published(tensors, self.cfg, self.part)
-            y, cache = getattr(module, f"{self.part}_forward")(params, x, self.cfg)
-        results = {"out.y": y} | self._steps(params, x)
-        if hasattr(module, "case_outputs"):
+            return self._scan(inputs, douts, steps)
+        x, state = inputs["x"], _under("state.", inputs)
+        params, y, cache = self._forward(tensors, x, inputs.get("lengths"), state)
+        results = {"out.y": y} | (self._steps(params, x, state) if steps else {})
+        if not state and hasattr(module, "case_outputs"):
             extra = module.case_outputs(self.part, params, x, self.cfg)
             results |= {f"out.{name}": value for name, value in extra.items()}
+        if state or _under("state.", douts or {}):
+            last = self._last_state(cache)
+            results |= {f"out.state.{name}": value for name, value in last.items()}
         if douts is not None:
-            if douts["y"].shape != y.shape:
-                raise Error(f"dout.y has the shape {douts['y'].shape}; out.y has {y.shape}.")
-            backward = network.backward
-            if self.part != "network":
-                backward = getattr(module, f"{self.part}_backward")
-            dx, grads = backward(douts["y"], cache)
-            results |= {} if dx is None else {"grad.in.x": dx}
-            grads = self._to_published(grads)
-            results |= {f"grad.param.{name}": g for name, g in grads.items()}
+            _check_douts(douts, results)
+            results |= self._backward(douts, cache)
         return results
 
-    def _scan(self, inputs, douts):
+    def _forward(self, tensors, x, lengths, state):
+        """-> params, y, cache"""
+        given, module = {"state": state} if state else {}, self._module()
+        if self.part == "network":
+            if state:
+                given = {"state": {"position": 0, "blocks": self._by_layer(state)}}
+            params = network.from_published(tensors, self.cfg)
+            return params, *network.forward(params, x, self.cfg, lengths, **given)
+        params = module.from_published(tensors, self.cfg, self.part)
+        return params, *getattr(module, f"{self.part}_forward")(params, x, self.cfg, **given)
+
+    def _backward(self, douts, cache):
+        """-> {"grad.in.*", "grad.param.*"}"""
+        module, given, after = self._module(), {}, _under("state.", douts)
+        if after:
+            last = self._last_state(cache)
+            after = {name: after.get(name, np.zeros_like(t)) for name, t in last.items()}
+            given = {"dstate": after}
+        if self.part == "network":
+            given = {"dstate": {"blocks": self._by_layer(after)}} if after else {}
+            dx, grads = network.backward(douts["y"], cache, **given)
+        else:
+            dx, grads = getattr(module, f"{self.part}_backward")(douts["y"], cache, **given)
+        before = _under("blocks.state." if self.part == "network" else "state.", grads)
+        grads = {name: g for name, g in grads.items() if "state." not in name}
+        results = {} if dx is None else {"grad.in.x": dx}
+        results |= {f"grad.in.state.{name}": g for name, g in before.items()}
+        grads = self._to_published(grads)
+        return results | {f"grad.param.{name}": g for name, g in grads.items()}
+
+    def _by_layer(self, state):
+        """A network's state, stacked on a leading axis of layers -> one of each block"""
+        return [{name: t[i] for name, t in state.items()} for i in range(self.cfg.n_layers)]
+
+    def _last_state(self, cache):
+        """The state after what forward saw; of a network stacked"""
+        if self.part == "mixer":
+            return self._module().mixer_state(cache)
+        if self.part == "block":
+            return self._module().final_state(cache)
+        blocks = network.final_state(cache)["blocks"]
+        return {name: np.stack([own[name] for own in blocks]) for name in blocks[0]}
+
+    def state_shapes(self, B):
+        """{"state.*": shape} of a state of B sequences; {} where the part takes none"""
+        module = self._module()
+        if self.part not in STATEFUL or not hasattr(module, "final_state"):
+            return {}
+        layer = self.cfg.layer if self.part == "network" else self.cfg
+        params = module.mixer_init(layer, np.random.default_rng(0))
+        layers = (self.cfg.n_layers,) if self.part == "network" else ()
+        state = module.state(params, layer, B)
+        return {f"state.{name}": (*layers, *t.shape) for name, t in state.items()}
+
+    def _scan(self, inputs, douts, steps):
         """A recurrence with skip and gate: arguments in, their gradients out"""
         module = self._module()
         y, last, cache = module.scan_forward(**inputs, **self.cfg)
-        results = {"out.y": y, "out.last_state": last, "out.y_steps": self._scan_steps(inputs)}
+        results = {"out.y": y, "out.last_state": last}
+        results |= {"out.y_steps": self._scan_steps(inputs)} if steps else {}
         if douts is not None:
-            for name, t in (("y", y), ("last_state", last)):
-                if name in douts and douts[name].shape != t.shape:
-                    shapes = f"{douts[name].shape}; out.{name} has {t.shape}"
-                    raise Error(f"dout.{name} has the shape {shapes}.")
+            _check_douts(douts, results)
             grads = module.scan_backward(douts["y"], cache, douts.get("last_state"))
             results |= {f"grad.in.{name}": g for name, g in grads.items()}
         return results
@@ -171,7 +249,7 @@ class Part:
             state = {module.SCAN_STATE: last}
         return np.stack(steps, axis=1)
 
-    def _steps(self, params, x):
+    def _steps(self, params, x, state):
         """out.y_steps: y by decoding, one time step after the other; nothing where there is none"""
         module = self._module()
         names = {"operator": "operator_step", "mixer": "mixer_step", "block": "step"}
@@ -180,7 +258,7 @@ class Part:
             return {}
         steps = []
         try:
-            state = module.state(params, self.cfg, len(x))
+            state = state or module.state(params, self.cfg, len(x))
             for t in range(x.shape[1]):
                 y_t, state = getattr(module, one_step)(params, x[:, t], state, self.cfg)
                 steps.append(y_t)
@@ -235,9 +313,22 @@ class OwnPart(Part):
         own = getattr(self._module(), "case_aliases", lambda part, cfg: {})
         return own(self.part, self.cfg)
 
-    def run(self, tensors, inputs, douts=None):
+    def run(self, tensors, inputs, douts=None, steps=True):
         """-> {"out.*"}, and {"grad.*"} where there are some"""
         return self._module().case_results(self.part, self.cfg, tensors, inputs, douts or {})
+
+
+def _under(prefix, tensors):
+    return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _check_douts(douts, results):
+    """Error: a gradient of an output has another shape than it"""
+    for name, dout in douts.items():
+        out = results.get(f"out.{name}")
+        if out is not None and out.shape != dout.shape:
+            shapes = f"{dout.shape}; out.{name} has {out.shape}"
+            raise Error(f"dout.{name} has the shape {shapes}.")
 
 
 def module_of(model):
@@ -249,17 +340,28 @@ def module_of(model):
 
 def part_of(case):
     """The Part that a case is about.   Error: unknown model, part or setting"""
-    case = _computed(case)
+    case = computed(case)
     module = module_of(case.model)
     _check_part(module, case.model, case.part)
+    _check_numbers(case)
     kind = OwnPart if case.model in OWN else Part
     return kind(case.model, case.part, part_config(case, module))
 
 
-def _computed(case):
+def computed(case):
     """The case as one of the model that computes it"""
     model, usual = ALIASES.get(case.model, (case.model, {}))
     return dataclasses.replace(case, model=model, settings=usual | case.settings)
+
+
+def _check_numbers(case):
+    """Error: a setting is larger than anything that tensors of this size can need, or no number"""
+    most = max(LEAST, sum(t.size for t in case.tensors.values()))
+    for name, value in case.settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Error(f"the setting {name}={value}: expected a finite number.")
+        if name not in LAYERS and isinstance(value, int) and not -most <= value <= most:
+            raise Error(f"the setting {name} is beyond {most}, more than the tensors need.")
 
 
 def _check_part(module, model, part):
@@ -294,10 +396,9 @@ def part_config(case, module):
     check_kinds(case.settings, module.Config, *outer, what="the setting ")
     settings = {n: v for n, v in case.settings.items() if n in layer_fields | published}
     params = case.of("param.")
-    if case.settings.get("n_layers", 0) > max(1, len(params)):
-        raise Error(
-            f"n_layers={case.settings['n_layers']}, but there are {len(params)} parameters."
-        )
+    for name in LAYERS:
+        if (case.settings.get(name) or 0) > max(1, len(params)):
+            raise Error(f"{name}={case.settings[name]}, but there are {len(params)} parameters.")
     try:
         layer = module.config_of(settings, params, case.part)
         if case.part != "network":
@@ -333,6 +434,8 @@ def _own_config(case, module):
         has = ", ".join(sorted(known))
         raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s; it has: {has}.")
     check_kinds(settings, config, what="the setting ")
+    if (n := settings.get("n_layers", 0)) > max(16, len(case.tensors)):
+        raise Error(f"n_layers={n}, but there are {len(case.tensors)} tensors.")
     sources = {n: t for n, t in case.tensors.items() if n.startswith(SOURCES)}
     return module.config_of(settings, sources, case.part)
 
@@ -348,224 +451,29 @@ def _scan_config(case, module):
     return own
 
 
-def _scan_inputs(module):
+def scan_arguments(module):
     """name -> whether it is required, of the arrays that a scan takes"""
     given = inspect.signature(module.scan_forward).parameters.items()
     return {n: p.default is p.empty for n, p in given if n not in SCAN_SETTINGS}
 
 
-def compute(case):
-    """Recompute a case in float64 from its in.*, param.* and dout.* alone -> {"out.*", "grad.*"}"""
-    case = _computed(case)
-    part = part_of(case)
-    sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
-    _check_sources(case, part, sources)
-    return _run(part, sources)
-
-
-def _float64(tensors):
+def in_float64(tensors):
     """Floating tensors as float64; integers as they are"""
     floats = {*PRECISIONS.values()}
     return {n: t.astype("float64") if t.dtype in floats else t for n, t in tensors.items()}
 
 
-def _run(part, sources):
+def run(part, sources, steps=True):
     """What the part computes; of a tied parameter that is listed twice from one, for both names"""
     aliases = {f"param.{name}": f"param.{other}" for name, other in part.aliases().items()}
     tied = {name: other for name, other in aliases.items() if name in sources}
 
     def of(prefix):
-        own = {n: t for n, t in sources.items() if n.startswith(prefix) and n not in tied}
-        return {n[len(prefix) :]: t for n, t in own.items()}
+        return _under(prefix, {n: t for n, t in sources.items() if n not in tied})
 
-    results = part.run(of("param."), of("in."), of("dout.") or None)
+    results = part.run(of("param."), of("in."), of("dout.") or None, steps)
     grads = {f"grad.{name}": results.get(f"grad.{other}") for name, other in tied.items()}
     return results | {name: g for name, g in grads.items() if g is not None}
-
-
-def _check_sources(case, part, sources):
-    """Error for a parameter or input that is missing, unknown, or of another shape"""
-    if case.model in OWN:
-        _check_own_sources(case, part, sources)
-        return
-    template, aliases, given = part.template(), part.aliases(), case.of("param.")
-    for name in sorted(template.keys() - given.keys() - aliases.keys()):
-        raise Error(f"param.{name} {template[name].shape} is missing.")
-    template |= {name: template[other] for name, other in aliases.items() if name in given}
-    for name in sorted(given.keys() - template.keys()):
-        raise Error(f"param.{name} is not a parameter of {case.model}'s {case.part} here.")
-    for name, expected in template.items():
-        if name not in given:
-            continue  # an alias
-        if expected.dtype.kind == "i" and given[name].size == 1:
-            continue  # a number, with an axis or without
-        if given[name].shape != expected.shape:
-            shapes = f"{given[name].shape}; expected {expected.shape}"
-            raise Error(f"param.{name} has the shape {shapes}.")
-    block.untied(given, aliases)
-    inputs = {"x": True} | ({"lengths": False} if case.part == "network" else {})
-    inputs = {} if case.part == "init" else inputs
-    if case.part == "scan":
-        inputs = _scan_inputs(module_of(case.model))
-    allowed = {f"in.{name}" for name in inputs}
-    for name, required in inputs.items():
-        if required and f"in.{name}" not in sources:
-            raise Error(f"in.{name} is missing.")
-    if unknown := {n for n in sources if n.startswith("in.")} - allowed:
-        raise Error(f"{sorted(unknown)[0]} is not an input of {case.model}'s {case.part}.")
-    wants = [n for n in case.tensors if n.startswith("grad.")]
-    if wants and "dout.y" not in sources:
-        raise Error(f"dout.y is missing, so {wants[0]} cannot be recomputed.")
-    feeds_back = {"dout.y"} | ({"dout.last_state"} if case.part == "scan" else set())
-    if unknown := {n for n in sources if n.startswith("dout.")} - feeds_back:
-        raise Error(f"{sorted(unknown)[0]} is not the gradient of an output that feeds back here.")
-    _check_finite(sources)
-
-
-def _check_own_sources(case, part, sources):
-    """The same, of a model of OWN, which looks itself at the shapes of its inputs"""
-    template, douts = part.template(), module_of(case.model).CASE_PARTS[case.part]
-    aliases = {f"param.{name}": f"param.{other}" for name, other in part.aliases().items()}
-    template = {n: t for n, t in template.items() if n not in aliases}
-    template |= {name: template[other] for name, other in aliases.items() if name in sources}
-    for name in sorted(template.keys() - sources.keys()):
-        raise Error(f"{name} is missing.")
-    for name in sorted(sources.keys() - template.keys() - {f"dout.{n}" for n in douts}):
-        raise Error(f"{name} is nothing that {case.model}'s {case.part} takes.")
-    for name, expected in template.items():
-        if name.startswith("param.") and sources[name].shape != expected.shape:
-            shapes = f"{sources[name].shape}; expected {expected.shape}"
-            raise Error(f"{name} has the shape {shapes}.")
-    block.untied(case.of("param."), part.aliases())
-    _check_finite(sources)
-
-
-def _check_finite(sources):
-    for name, t in sources.items():
-        if t.dtype.kind == "f" and not np.isfinite(t).all():
-            raise Error(f"{name} has values that are not finite, so nothing can be compared.")
-
-
-# Comparing
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What became of one tensor."""
-
-    tensor: str
-    error: float  # largest deviation over the reference's largest magnitude
-    allowed: float
-    unavoidable: (
-        float  # the error that rounding at the case's precision makes by itself; 0 in float64
-    )
-    index: tuple  # of the worst element
-    value: float  # there
-    expected: float
-    problem: str = ""  # a sentence, where no comparison was possible
-
-    @property
-    def ok(self):
-        """Whether the tensor passes."""
-        return not self.problem and self.error <= self.allowed
-
-
-def verify(case):
-    """Recompute a case, compare its out.* and grad.* tensors -> list of Row.   Error: as compute"""
-    reference = compute(case)
-    claims = {n: t for n, t in case.tensors.items() if n.startswith(("out.", "grad."))}
-    if not claims:
-        raise Error("the case has nothing to compare: no out.* and no grad.* tensor.")
-    unavoidable = _unavoidable(case, reference) if case.precision != "float64" else {}
-    return [_compare(case, name, t, reference, unavoidable) for name, t in claims.items()]
-
-
-def _compare(case, name, claim, reference, unavoidable):
-    def failed(problem):
-        return Row(name, math.nan, 0.0, 0.0, (), math.nan, math.nan, problem)
-
-    if name not in reference:
-        return failed(f"not something this part computes; it computes {', '.join(reference)}")
-    r = np.asarray(reference[name])
-    if claim.shape != r.shape:
-        return failed(f"has the shape {claim.shape}; expected {r.shape}")
-    claim = claim.astype("float64")
-    bad = ~np.isfinite(claim)
-    if bad.any():
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
-        return failed(f"{bad.sum()} values are not finite, the first at {list(first)}")
-    scale = np.abs(r).max() or 1.0
-    deviation = np.abs(claim - r)
-    index = tuple(int(i) for i in np.unravel_index(deviation.argmax(), r.shape))
-    own = unavoidable.get(name, 0.0)
-    allowed = 4 * own + _ulp(case.precision) if unavoidable else TOLERANCE
-    allowed = float(case.tolerance.get(name, allowed))
-    at = float(claim[index]), float(r[index])
-    return Row(name, float(deviation[index] / scale), allowed, own, index, *at)
-
-
-def _ulp(precision):
-    return float(ml_dtypes.finfo(PRECISIONS[precision]).eps)
-
-
-def _unavoidable(case, reference):
-    """name -> the largest deviation of recomputations with everything off by up to half an ulp"""
-    case = _computed(case)
-    part, half = part_of(case), 0.5 * _ulp(case.precision)
-    sources = _float64({n: t for n, t in case.tensors.items() if n.startswith(SOURCES)})
-    worst = dict.fromkeys(reference, 0.0)
-    for seed in range(DRAWS):
-        rng = np.random.default_rng(seed)
-        with perturbed(half, rng, module_of(case.model)):
-            results = _run(part, {n: _perturb(t, half, rng) for n, t in sources.items()})
-        for name, r in reference.items():
-            deviation = np.abs(_perturb(results[name], half, rng) - r).max()
-            worst[name] = max(worst[name], float(deviation / (np.abs(r).max() or 1.0)))
-    return worst
-
-
-def _perturb(x, half, rng):
-    """x with every element off by up to `half` of itself; what is no floating array, as it is"""
-    if isinstance(x, np.ndarray) and x.dtype.kind in "fc":
-        return x * (1 + half * rng.uniform(-1, 1, x.shape))
-    return x
-
-
-@contextlib.contextmanager
-def perturbed(half, rng, module):
-    """While this is open, every result of a model's pairs, and of those it shares, is off a little.
-
-    These are the named intermediates: projections, kernels, gates, convolutions, pooled features.
-    """
-    before = []
-
-    def wrap(f):
-        def perturbing(*args, **kwargs):
-            first, *others = _as_tuple(f(*args, **kwargs))
-            if isinstance(first, np.ndarray):
-                first = _perturb(first, half, rng)
-            others = [_perturb(other, half, rng) for other in others]
-            return (first, *others) if others else first
-
-        return perturbing
-
-    own = (f"{module.__name__}_", "ref.selective")  # files that hold a part of the model's
-    used = [used for used in vars(module).values() if inspect.ismodule(used)]
-    used = [u for u in used if u.__name__.startswith(own)]
-    for owner in (nn, *used, *getattr(module, "CASE_MODULES", ()), module):
-        for name, f in list(vars(owner).items()):
-            if name.endswith(("_forward", "_backward")) and callable(f):
-                before.append((owner, name, f))
-                setattr(owner, name, wrap(f))
-    try:
-        yield
-    finally:
-        for owner, name, f in before:
-            setattr(owner, name, f)
-
-
-def _as_tuple(result):
-    return result if isinstance(result, tuple) else (result,)
 
 
 # Making cases
@@ -575,86 +483,110 @@ def make_case(model, part, settings, B=2, L=24, precision="float64", seed=0, ini
     """A Case from the reference, for others to be checked against.
 
     Inputs and parameters are drawn and rounded to the precision; everything else is computed from
-    them in float64 and rounded once. initial_state: a scan gets one, and a gradient of its last.
-    Error: an unknown part or setting, B or L below 1, an initial state of what takes none.
+    them in float64 and rounded once. initial_state: a part that can gets one, and a gradient of its
+    last.   Error: an unknown part or setting, B or L below 1, an initial state of what takes none
     """
+    case, part = draw(model, part, settings, B, L, precision, seed, initial_state)
+    results = run(part, in_float64(case.tensors))
+    results = {name: _rounded(t, precision) for name, t in results.items()}
+    return dataclasses.replace(case, tensors=case.tensors | results)
+
+
+def draw(model, part, settings, B, L, precision, seed=0, initial_state=False):
+    """As make_case, without what is computed -> Case of in.*, param.* and dout.*, its Part"""
     if model in ALIASES:
         own, usual = ALIASES[model]
-        made = make_case(own, part, usual | settings, B, L, precision, seed, initial_state)
-        return dataclasses.replace(made, model=model)
+        case, p = draw(own, part, usual | settings, B, L, precision, seed, initial_state)
+        return dataclasses.replace(case, model=model), p
     module, rng = module_of(model), np.random.default_rng(seed)
     if B < 1 or L < 1:
         raise Error(f"B={B}, L={L}: both at least 1.")
-    if model in OWN:
-        if initial_state:
-            raise Error(f"an initial state is for part 'scan', not for {model}.")
-        head = Case(model, part, precision, settings, {})
-        _check_part(module, model, part)
-        p = OwnPart(model, part, _own_config(head, module))
-        sources = module.case_sources(part, p.cfg, B, L, rng)
-        sources = {n: _rounded(t, precision) for n, t in sources.items()}
-        return _made(head, p, sources, module.CASE_PARTS[part], rng)
-    if "l_max" in {f.name for f in dataclasses.fields(module.Config)}:
-        settings = {"l_max": L} | settings  # the length that S4's C~ is made for
     head = Case(model, part, precision, settings, {})
     _check_part(module, model, part)
-    cfg = _free_config(head, module)
-    if initial_state and part != "scan":
-        raise Error(f"an initial state is for part 'scan'; a case of a {part} starts from zero.")
-    if part == "scan":
-        if strange := sorted(settings.keys() - {"d_model", "d_state", *SCAN_SETTINGS}):
-            raise Error(f"the setting {strange[0]!r} is not one of {model}'s scan.")
-        own = {n: v for n, v in settings.items() if n in SCAN_SETTINGS}
-        inputs = module.scan_inputs(cfg, B, L, rng)
-        if not initial_state:
-            del inputs[module.SCAN_STATE]
-        sources = {f"in.{n}": _rounded(a, precision) for n, a in inputs.items()}
-        douts = ("y", "last_state") if initial_state else ("y",)
-        head = dataclasses.replace(head, settings=own)
-        return _made(head, Part(model, part, own), sources, douts, rng)
-    if part == "network":
-        names = ("n_layers", "decoder", "tied", "final_norm", "positions", "pool_from")
-        own = {n: getattr(cfg, n) for n in names}
-        head = dataclasses.replace(head, settings=settings | own)
-    p = Part(model, part, cfg)
-    if part == "init":
-        results = _run(p, {})
-        return dataclasses.replace(
-            head, tensors={n: _rounded(t, precision) for n, t in results.items()}
-        )
-    width = cfg.d_input if part == "network" else network.part_width(model, part, cfg)
-    x = rng.standard_normal((B, L, width))
-    if part == "network" and cfg.tokens:
-        x = rng.integers(0, cfg.d_input, (B, L))
-    sources = {"in.x": x} | {f"param.{n}": t for n, t in p.init(rng).items()}
+    of_kind = _draw_scan if part == "scan" else _draw_own if model in OWN else _draw
+    head, p, sources, feeds_back = of_kind(head, module, B, L, rng, initial_state)
     sources = {n: _rounded(t, precision) for n, t in sources.items()}
-    return _made(head, p, sources, ("y",), rng)
+    outputs = run(p, in_float64(sources), steps=False) if feeds_back else {}
+    for name in feeds_back:
+        if name.startswith("state."):
+            shape = sources[f"in.{name}"].shape
+        else:
+            shape = outputs[f"out.{name}"].shape
+        sources[f"dout.{name}"] = _rounded(rng.standard_normal(shape), precision)
+    return dataclasses.replace(head, tensors=sources), p
 
 
-def _made(head, part, sources, douts, rng):
-    """The Case of these inputs and parameters, with random gradients of the outputs `douts`"""
-    outputs = _run(part, _float64(sources))
-    for name in douts:
-        dout = rng.standard_normal(outputs[f"out.{name}"].shape)
-        sources[f"dout.{name}"] = _rounded(dout, head.precision)
-    results = _run(part, _float64(sources))
-    tensors = sources | {n: _rounded(t, head.precision) for n, t in results.items()}
-    return dataclasses.replace(head, tensors=tensors)
+def _draw(head, module, B, L, rng, initial_state):
+    """-> head with its settings, Part, sources, names of the outputs whose gradients feed back"""
+    if "l_max" in {f.name for f in dataclasses.fields(module.Config)}:
+        # the length that S4's C~ is made for
+        head = dataclasses.replace(head, settings={"l_max": L} | head.settings)
+    p = Part(head.model, head.part, _free_config(head, module))
+    states = p.state_shapes(B)
+    if initial_state and not states:
+        _refuse_state(head)
+    if head.part == "init":
+        return head, p, {}, ()
+    if head.part == "network":
+        own = {n: getattr(p.cfg, n) for n in NETWORK}
+        head = dataclasses.replace(head, settings=head.settings | own)
+    if head.part == "network" and p.cfg.tokens:
+        x = rng.integers(0, p.cfg.d_input, (B, L))
+    elif head.part == "network":
+        x = rng.standard_normal((B, L, p.cfg.d_input))
+    else:
+        x = rng.standard_normal((B, L, network.part_width(head.model, head.part, p.cfg)))
+    sources = {"in.x": x} | {f"param.{n}": t for n, t in p.init(rng).items()}
+    if not initial_state:
+        return head, p, sources, ("y",)
+    sources |= {f"in.{name}": rng.standard_normal(shape) for name, shape in states.items()}
+    return head, p, sources, ("y", *states)
+
+
+def _draw_scan(head, module, B, L, rng, initial_state):
+    """As _draw, of a scan"""
+    if strange := sorted(head.settings.keys() - {"d_model", "d_state", *SCAN_SETTINGS}):
+        raise Error(f"the setting {strange[0]!r} is not one of {head.model}'s scan.")
+    inputs = module.scan_inputs(_free_config(head, module), B, L, rng)
+    if not initial_state:
+        del inputs[module.SCAN_STATE]
+    own = {n: v for n, v in head.settings.items() if n in SCAN_SETTINGS}
+    sources = {f"in.{n}": a for n, a in inputs.items()}
+    feeds_back = ("y", "last_state") if initial_state else ("y",)
+    head = dataclasses.replace(head, settings=own)
+    return head, Part(head.model, head.part, own), sources, feeds_back
+
+
+def _draw_own(head, module, B, L, rng, initial_state):
+    """As _draw, of a model of OWN"""
+    if initial_state:
+        _refuse_state(head)
+    p = OwnPart(head.model, head.part, _own_config(head, module))
+    return head, p, module.case_sources(head.part, p.cfg, B, L, rng), module.CASE_PARTS[head.part]
+
+
+def _refuse_state(case):
+    raise Error(
+        "an initial state is for part 'scan', and for mixer, block and network, of mamba and "
+        f"longhorn; {case.model}'s {case.part} takes none."
+    )
 
 
 def _free_config(case, module):
     """The Config of a case that has no tensors yet"""
-    layer_fields = {f.name for f in dataclasses.fields(module.Config)}
     check_kinds(case.settings, module.Config, network.Config, what="the setting ")
-    known = layer_fields | {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
+    layer_fields = {f.name for f in dataclasses.fields(module.Config)}
+    outer = {f.name for f in dataclasses.fields(network.Config)} - {"model", "layer"}
+    known = layer_fields | (outer if case.part == "network" else set())
     if unknown := sorted(case.settings.keys() - known):
         raise Error(f"the setting {unknown[0]!r} is not one of {case.model}'s {case.part}.")
     layer = module.Config(**{n: v for n, v in case.settings.items() if n in layer_fields})
     if case.part != "network":
         return layer
-    own = {"n_layers": 2, "d_input": 11, "d_output": 5, "final_norm": layer.prenorm}
+    own = {"n_layers": 2, "d_input": 11, "final_norm": layer.prenorm}
     own["positions"] = getattr(layer, "context", 0)
     own |= {n: v for n, v in case.settings.items() if n not in layer_fields}
+    own.setdefault("d_output", own["d_input"] if own.get("tied") else 5)
     return network.Config(case.model, layer, **own)
 
 

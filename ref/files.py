@@ -3,10 +3,24 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
+import stat
 
 from ref import Error
+
+LARGEST_HEADER = 1 << 24  # bytes; 100,000 tensors take half of it
+# safetensors' number types that have NumPy arrays, and their bytes
+NUMBERS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
+NUMBERS |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
+
+
+def one_line(text, most=400):
+    """A text from somewhere else as it can be printed: cut, control characters escaped"""
+    text = str(text)
+    text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_atomically(path, content):
@@ -79,23 +93,67 @@ def write_tensors(path, tensors, metadata):
 
 @contextlib.contextmanager
 def opened(path):
-    """A safetensors file, to read tensors from by name.   Error: missing, cut, or another format
+    """A safetensors file, to read tensors from by name.
 
-    bfloat16 and float16 come as ml_dtypes' and NumPy's types of that name.
+    bfloat16 and float16 come as ml_dtypes' and NumPy's types of that name.   Error: missing, not
+    readable, a folder or device, cut, another format, a name that is there twice
     """
     import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
     from safetensors import SafetensorError, safe_open
 
+    _check_readable(path)
     try:
         with safe_open(path, framework="numpy") as file:
+            _check_names(path)
             yield file
-    except FileNotFoundError as e:
-        raise Error(f"There is no file {path}.") from e
     except (OSError, SafetensorError, TypeError, ValueError) as e:
-        raise Error(f"{path} is not a whole safetensors file: {e}.") from e
+        raise Error(f"{one_line(path)} is not a whole safetensors file: {one_line(e)}.") from e
 
 
 def read_tensors(path):
-    """-> tensors {name: array}, metadata {str: str}.   Error: as opened"""
+    """-> tensors {name: array}, metadata {str: str}.   Error: as opened, or of a type that NumPy
+    does not have;   MemoryError"""
     with opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {name: _tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def _tensor(path, file, name):
+    import numpy as np
+
+    known = file.get_slice(name)
+    number, size = known.get_dtype(), math.prod(known.get_shape())
+    if number not in NUMBERS:
+        names = ", ".join(NUMBERS)
+        raise Error(f"{path}: {one_line(name)} is of type {number}; this program reads {names}.")
+    np.empty(size * NUMBERS[number], "uint8")  # MemoryError, where safetensors would panic
+    return file.get_tensor(name)
+
+
+def _check_readable(path):
+    """Error: no file, not to be read, or one whose opening could wait for ever"""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Error(f"{one_line(path)} is a folder or a device, and not a safetensors file.")
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            left = os.stat(path).st_size - 8
+    except FileNotFoundError as e:
+        raise Error(f"There is no file {one_line(path)}.") from e
+    except (OSError, ValueError) as e:
+        text = getattr(e, "strerror", None) or e
+        raise Error(f"Cannot read {one_line(path)}: {text}.") from e
+    if size > LARGEST_HEADER and size <= left:
+        raise Error(f"{path} has a header of {size} bytes; this program reads {LARGEST_HEADER}.")
+
+
+def _check_names(path):
+    """Error: two entries of the header have one name, of which safetensors takes the last"""
+
+    def unique(pairs):
+        if len(pairs) > len(names := {name for name, _ in pairs}):
+            twice = next(n for n, _ in pairs if n not in names or names.remove(n))
+            raise Error(f"{path}: {one_line(twice)!r} is there twice.")
+
+    with open(path, "rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=unique)

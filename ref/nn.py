@@ -209,8 +209,10 @@ def _gelu_tanh(x):
 
 
 def sigmoid(x):
-    """1 / (1 + exp(-x)) without overflow: tanh saturates, exp does not"""
-    return 0.5 * (array_module(x).tanh(0.5 * x) + 1)
+    """1 / (1 + exp(-x)) without overflow, and exact to rounding where it is small"""
+    xp = array_module(x)
+    e = xp.exp(-xp.abs(x))
+    return xp.where(x >= 0, xp.ones_like(e), e) / (1 + e)
 
 
 def sigmoid_forward(x):
