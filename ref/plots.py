@@ -327,9 +327,9 @@ def compare(runs, path):
         validated += [values for _, values in each]
     validated = np.concatenate(validated)
     if validated.size:
-        bottom, top = axis.get_ylim()
+        drawn = np.concatenate([line.get_ydata() for line in axis.lines])
         room = 0.08 * max(np.ptp(validated), 0.1)
-        axis.set_ylim(bottom, min(top, validated.max() + room))
+        axis.set_ylim(np.nanmin(drawn) - room, min(axis.get_ylim()[1], validated.max() + room))
     axis.set(xlabel="step", ylabel="loss (nats)")
     axis.grid(alpha=0.3)
     if any("valid_perplexity" in entry for run in _all(groups) for entry in run.valid):
@@ -340,7 +340,8 @@ def compare(runs, path):
         Line2D([], [], **gray, alpha=0.5, lw=0.9, ls=DASHES, label="training"),
         Line2D([], [], **gray, marker="o", ms=5, ls="", label="least validation loss"),
     ]
-    axis.legend(handles=[*lines, *kinds], fontsize="small")
+    place = {"loc": "upper left", "bbox_to_anchor": (1.12, 1.02)}
+    axis.legend(handles=[*lines, *kinds], fontsize="small", frameon=False, **place)
     _save(figure, path)
     return table(groups)
 
@@ -416,8 +417,11 @@ def _common(names):
     """a-b-0, a-b-1 -> a-b; "" where they have nothing in common"""
     if len(names) == 1:
         return names[0]
-    first, *others = (re.split(r"[-_. ]", name) for name in names)
-    return "-".join(part for part in first if all(part in other for other in others))
+    first, *others = (re.split(r"([-_. ])", name) for name in names)  # separators at odd places
+    if all(len(other) == len(first) for other in others):
+        places = [i for i in range(0, len(first), 2) if all(o[i] == first[i] for o in others)]
+        return "".join(first[i - 1] * (i > places[0]) + first[i] for i in places)
+    return "-".join(part for part in first[::2] if all(part in other[::2] for other in others))
 
 
 def _all(groups):
