@@ -56,7 +56,7 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
     groups = optimiser_groups(params, cfg, recipe)
     moments = optim.adamw_init({name: p for name, p in params.items() if groups[name].lr})
     state = {"step": 0, "total": planned_steps(recipe, data), "seconds": 0.0, "recent": []}
-    state["best"] = {}
+    state |= {"best": {}, "skipped": 0}
     kept = checkpoint if resume or eval_only else None
     teacher = make_teacher(settings, cfg, groups, data, meta, xp, kept)
     if eval_only or (resume and checkpoint.exists()):  # it may have been killed before the first
@@ -125,7 +125,8 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
                 params, moments, lines = teacher.round(*own, first, total, schedule)
             else:
                 ((_, batch),) = drawn
-                own = params, moments, batch, step, total, schedule(step)
+                number = step - state["skipped"]
+                own = params, moments, batch, step, number, total, schedule(number)
                 lines = [teaching.train_step(*own, teacher, cfg, recipe, groups, seed)]
 
             seconds = time.monotonic() - before
@@ -136,8 +137,12 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
                         f"the loss is {loss} and the gradient's norm {norm} at step {at}; the last "
                         f"checkpoint is of step {state['step']}. {runs.DIVERGED}"
                     )
-                more = {"lr": schedule(at) * recipe.lr, "epoch": epoch}
-                log.add(at, **line, **more, seconds=round(seconds, 2))
+                rate = schedule(at - state["skipped"])
+                more = {"lr": rate * recipe.lr, "epoch": epoch}
+                if math.isfinite(loss + norm):
+                    log.add(at, **line, **more, seconds=round(seconds, 2))
+                else:
+                    state["skipped"] += 1
                 progress.update(at, total, *log.running())
             total = budget.total(step, total, seconds)
 
@@ -151,9 +156,9 @@ def run(settings, out, resume_command, resume=False, eval_only=False, download=F
         print(f"Stopped after step {step}; everything is saved. To go on:\n    {resume_command}")
         return None
     result = report(test, data, recipe, state)
-    if settings["teaching"] or recipe.double_embedding:
-        result["teacher"] = settings["teaching"].get("teacher", "none")
-        result["quirks"] = teaching.quirks_on(settings["teaching"], recipe)
+    quirks = teaching.quirks_on(settings["teaching"], recipe)
+    if settings["teaching"] or quirks:
+        result |= {"teacher": settings["teaching"].get("teacher", "none"), "quirks": quirks}
     write_json(out / "result.json", result)
     draw_curves(out)
     if step < total < math.inf:
@@ -221,7 +226,7 @@ def planned_steps(recipe, data):
     """The number of steps of a run; infinite as long as its minutes have not decided it"""
     if recipe.steps:
         return recipe.steps
-    per_epoch = data_sets.steps_per_epoch(data, recipe.batch_size)
+    per_epoch = data_sets.steps_per_epoch(data, recipe.batch_size, recipe.train_stride)
     return math.ceil(recipe.epochs * per_epoch) if recipe.epochs else math.inf
 
 
@@ -556,9 +561,11 @@ def _train(resume, eval_only, eval_lengths, out, download, **options):
 def _check_rates(options, settings):
     """UsageError for a rate of parameters that the model does not have, or a setting of a teacher
     that it does not have: it would do nothing"""
-    teacher = settings["teaching"].get("teacher", "none")
-    if names := teaching.unused(options, teacher):
-        raise click.UsageError(f"{_names(names)} does nothing with --teacher {teacher}.")
+    if names := teaching.unused(options, settings["teaching"]):
+        teacher = settings["teaching"].get("teacher", "none")
+        raise click.UsageError(
+            f"{_names(names)} does nothing with --teacher {teacher} as it is set here."
+        )
     module = network.model_module(settings["model"])
     there = set(module.groups(module.Config(**settings["layer"])).values())
     for name, group in (("ssm_lr", "ssm"), ("ssm_weight_decay", "ssm"), ("dt_lr", "dt")):

@@ -100,6 +100,6 @@ class Problem:
             given = batches, self.done + 1, total, lambda step: 1.0
             self.params, self.moments, _ = self.teacher.round(*own, *given)
         else:
-            given = batches[0], self.done + 1, total, 1.0, self.teacher, self.cfg, self.recipe
-            teaching.train_step(*own, *given, self.groups, 0)
+            given = batches[0], self.done + 1, self.done + 1, total, 1.0, self.teacher
+            teaching.train_step(*own, *given, self.cfg, self.recipe, self.groups, 0)
         self.done += self.teacher.steps

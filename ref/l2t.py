@@ -364,6 +364,12 @@ def _averaged(r):
     return array_module(r).zeros_like(r) + r.mean()
 
 
+def left_out(cfg, live):
+    """Names of the parameters that (2), if live, or (3) has no gradient for"""
+    norm = () if live and cfg.batch_norm else ("norm_weight", "norm_bias")
+    return norm + (() if live and cfg.dln_residual else ("W_r", "b_r"))
+
+
 def weight_forward(r, clamp=(0, 1)):
     """(4).   r (...) -> w (...)"""
     s, sigmoid = nn.sigmoid_forward(r)

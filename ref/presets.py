@@ -96,7 +96,9 @@ class Recipe:
         "last", "The network that is tested: last, or best by the validation loss."
     )
     on_nan: str = described(
-        "stop", "A loss that is not finite: stop, or skip that batch, as the L2T-Hyena code does."
+        "stop",
+        "A loss that is not finite: stop, or skip that batch, as the L2T-Hyena code does (it is "
+        "then in no memory, either).",
     )
     log_every: int = described(10, "Steps between lines of metrics.jsonl.")
     save_every: int = described(0, "Steps between checkpoints; 0: every 30 seconds.")
@@ -221,6 +223,7 @@ def _of_teacher(chosen, data, corrected):
     own = dict(teaching.DEFAULTS[teacher])
     if decoder != "lm":  # one position has no deviation over time
         own |= {"standardise": False, "features": "corrected"}
+        own |= {"dln": "pairs"} if teacher == "lstm" else {}
     if teacher == "released":
         there = teaching.quirks_of(chosen["model"] in TIED and decoder == "lm", data in STREAMS)
         own |= {name: teaching.QUIRKS[name][0] for name in there} | {"on_nan": "skip"} | own
@@ -240,6 +243,8 @@ def _teaching(chosen, recipe):
             f"memory_size={cfg.memory_size} is smaller than batch_size={recipe.batch_size}: the "
             "memory takes a whole batch at once."
         )
+    if cfg.teacher == "released" and recipe.batch_size < 2:
+        raise Error("batch_size=1: the teacher's targets are standardised over the batch; use 2.")
     if cfg.in_rounds and (recipe.double_embedding or recipe.on_nan == "skip"):
         raise Error(
             f"--teacher {cfg.teacher} differentiates through plain AdamW: it goes with neither "

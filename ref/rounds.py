@@ -14,9 +14,10 @@ With constant features (3) of ref.l2t_hypergrad holds: C v is one backward of th
 With --inner sgd or momentum, step 1 goes other ways than the student's AdamW, which makes its own K
 steps in 3. --commit first keeps the steps under φ and needs no 3, except for 4.
 
-Decided here, where neither paper says it: φ and ψ learn by the same cosine as in the released code;
-the held-out batch is drawn anew for each round; dropout is on in the steps and off in E; of the M
-rounds before a step on ψ the last J count: ψ is the same in them, so they are gone through again.
+Decided here, where neither paper says it: Adam's rates, of ψ and of φ, fall by the released code's
+cosine, and update_scale is constant; the held-out batch is drawn anew for each round; dropout is on
+in the steps and off in E, for which a batch norm's running moments are constants; of the M rounds
+before a step on ψ the last J count: ψ is the same in them, so they are gone through again.
 """
 
 import math
@@ -58,8 +59,7 @@ class Rounds:
         else:
             one = optim.Group(cfg.inner_lr or recipe.lr)
             self.inner = hvp.Optimiser(cfg.inner, one, momentum=cfg.inner_momentum, clip=clip)
-        samples = cfg_network.decoder != "lm"
-        self.pairs = cfg.dln == "pairs" or (cfg.dln == "auto" and cfg.teacher == "lstm" and samples)
+        self.pairs = cfg.dln == "pairs"
         self.exact = self._exact()
         rng = np.random.default_rng([seed, 0, teaching.MEMORY])
         self.state = {"dln": self._loss_network(rng, dtype)}
@@ -235,7 +235,7 @@ class Rounds:
         theta, moments, tape = hvp.unroll(
             theta, len(batches), walked.gradient, inner, own, passed, lambda k: scale(first + k)
         )
-        E, v = self.held_out_gradient(theta, held_out)
+        E, v = self.held_out_gradient(theta | walked.running, held_out)
 
         def products(k, theta, v):
             given = None if features is None else features[k]
@@ -295,9 +295,8 @@ class Rounds:
             phi = after if second else self.state["dln"]
             *kept, lines = self.commit(*own, phi, batches, first, scale)
         self.state |= {"dln": after, "rounds": done}
-        lines[-1] |= values
-        for line in lines[:-1]:
-            line |= {name: value for name, value in values.items() if name != "alignment"}
+        for line in lines:
+            line |= values
         return *kept, lines
 
     def _update(self, G, step, total):
@@ -309,7 +308,8 @@ class Rounds:
             u = l2t_unrolled.flatten(G)
             return optim.gradient_norm(G), l2t_unrolled.moved(phi, u, cfg.update_scale)
         rate = cfg.dln_lr * teaching.factor(cfg, step, total)
-        number = self.state["rounds"] + 1
+        number, unused = self.state["rounds"] + 1, () if self.pairs else l2t.left_out(cfg, True)
+        G = {name: g for name, g in G.items() if name not in unused}
         norm = teaching.adamw(
             phi, G, self.state["dln_moments"], number, rate, cfg.dln_weight_decay, cfg.dln_clip
         )

@@ -74,9 +74,9 @@ class Config(l2t.Config):
     teacher_clip: float = described(0.1, "Largest norm of its gradient; 0: no clipping.")
     teaching_schedule: str = described("cosine", "Of both rates: cosine to 0, or constant.")
     dln: str = described(
-        "auto",
-        "weights: ref.l2t's loss network; pairs: L2T-DLN's, by pairs of classes; auto: pairs for "
-        "lstm on samples.",
+        "weights",
+        "hypergrad, lstm: weights, ref.l2t's loss network; pairs: L2T-DLN's, by pairs of classes; "
+        "lstm on samples: pairs.",
     )
     inner_steps: int = described(1, "hypergrad, lstm: K, the student's steps in a round.")
     inner: str = described(
@@ -124,7 +124,7 @@ class Config(l2t.Config):
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("weights", self.weights, ("constant", "random", "replay"))
         check_choice("teaching_schedule", self.teaching_schedule, ("cosine", "constant"))
-        check_choice("dln", self.dln, ("auto", "weights", "pairs"))
+        check_choice("dln", self.dln, ("weights", "pairs"))
         check_choice("inner", self.inner, hvp.KINDS)
         check_choice("commit", self.commit, ("first", "second"))
         check_choice("meta_split", self.meta_split, ("tail", "train", "valid"))
@@ -158,6 +158,8 @@ class Config(l2t.Config):
                 raise Error(
                     "features=released are rounding noise, without gradient: use corrected."
                 )
+        if not self.inner_momentum < 1:
+            raise Error(f"inner_momentum={self.inner_momentum}: expected less than 1.")
         self._check_weights()
 
     def _check_weights(self):
@@ -211,14 +213,32 @@ TEXTS = {  # of the settings of ref.l2t
     "write_first": "released: the batch is in the memory when it is sampled.",
 }
 
-# Settings that are of no use to some teachers
+# Settings that are of no use to some teachers, or beside others
 OF_WEIGHTS = {"weights", "static_weight", "weight_std", "replay"}
 OF_LOSS = {"loss_form", "reg_strength", "regulariser", "granularity"}
+OF_FEATURES = {
+    *("features", "standardise", "gru_size", "dln_layers", "dln_size", "dln_dropout", "detach"),
+    *("batch_norm", "dln_residual", "clamp_low", "clamp_high"),
+}
+OF_LSTM = {
+    *("lstm_size", "lstm_cells", "lstm_p", "lstm_head", "teacher_every", "truncation"),
+    *("teacher_lr", "teacher_weight_decay", "teacher_clip"),
+}
+OF_ADAM = {"dln_lr", "dln_weight_decay", "dln_clip"}  # of the loss network
+OF_PAIRS = {"pair_size", "pair_layers"}
 OF_ROUNDS = {
     *("dln", "inner_steps", "inner", "inner_lr", "inner_momentum", "commit", "meta_split"),
-    *("meta_share", "meta_batch_size", "hvp", "hvp_step", "detach", "dln_optimiser", "lstm_size"),
-    *("lstm_cells", "lstm_p", "lstm_head", "update_scale", "teacher_every", "truncation"),
-    *("pair_size", "pair_layers"),
+    *(
+        "meta_share",
+        "meta_batch_size",
+        "hvp",
+        "hvp_step",
+        "detach",
+        "dln_optimiser",
+        "update_scale",
+    ),
+    *OF_PAIRS,
+    *(OF_LSTM - {"teacher_lr", "teacher_weight_decay", "teacher_clip"}),
 }
 OF_PREDICTOR = {
     *("memory_path", "teacher_size", "teacher_bias", "teacher_input", "huber_delta", "huber_twice"),
@@ -227,16 +247,32 @@ OF_PREDICTOR = {
 }
 
 
-def unused(given, teacher):
-    """Those of the settings that this teacher does nothing with"""
+def unused(given, settings):
+    """Those of the settings given that do nothing beside the others.   settings: of a Config, or {}
+    without a teacher"""
     own = {field.name for field in fields(Config)} - {"teacher"}
-    if teacher == "static":
-        own -= OF_WEIGHTS | OF_LOSS
-    elif teacher == "released":
-        own = OF_WEIGHTS | OF_ROUNDS
-    elif teacher != "none":
-        own = OF_WEIGHTS | OF_PREDICTOR
+    if settings:
+        cfg = Config(**settings)
+        own = _unused_rounds(cfg) if cfg.in_rounds else OF_WEIGHTS | OF_ROUNDS
+        if cfg.teacher == "static":
+            own = {field.name for field in fields(Config)} - {"teacher"} - OF_WEIGHTS - OF_LOSS
+            own |= {"static_weight"} if cfg.weights == "replay" else set()
+            own |= {"weight_std"} if cfg.weights != "random" else set()
     return sorted(own & set(given))
+
+
+def _unused_rounds(cfg):
+    own = OF_WEIGHTS | OF_PREDICTOR | (OF_LOSS | OF_FEATURES if cfg.dln == "pairs" else OF_PAIRS)
+    if cfg.teacher == "lstm":
+        own |= OF_ADAM | {"dln_optimiser"}
+    else:
+        own |= OF_LSTM
+        sgd = cfg.dln_optimiser == "sgd"
+        own |= OF_ADAM | {"teaching_schedule"} if sgd else {"update_scale"}
+    if cfg.inner != "momentum":
+        own |= {"inner_momentum"} | ({"inner_lr"} if cfg.inner.startswith("adamw") else set())
+    own |= {"meta_share"} if cfg.meta_split != "tail" else set()
+    return own | ({"hvp_step"} if cfg.hvp == "exact" else set())
 
 
 def quirks_of(tied, stream):
@@ -259,7 +295,7 @@ def quirks_on(settings, recipe):
 def by_sequence(logits, targets, B):
     """logits (..., V), targets (...) of B sequences -> (B, S, V), (B, S); of classifiers S = 1
 
-    Error: sequences with different numbers of targets.
+    Error: sequences with different numbers of targets, where B does not divide their sum.
     """
     if len(targets) % B or (targets.ndim == 2 and len(targets) != B):
         raise Error(
@@ -373,13 +409,15 @@ class Static(CrossEntropy):
         shape = y.shape if self.cfg.granularity == "token" else y.shape[:1]
         mean = self.cfg.static_weight
         if self.cfg.weights == "replay":
-            steps, weights = self.state["replay"]["steps"], self.state["replay"]["weights"]
+            replay = self.state["replay"]
+            steps, weights = (backend.to_host(replay[name]) for name in ("steps", "weights"))
             return np.full(shape, np.interp(step, steps, weights))
         if self.cfg.weights == "constant":
             return np.full(shape, mean)
         size = mean * (1 - mean) / self.cfg.weight_std**2 - 1  # a + b of the beta distribution
         rng = np.random.default_rng([self.seed, step, WEIGHTS])
-        return rng.beta(mean * size, (1 - mean) * size, shape)
+        drawn = (1,) if self.cfg.granularity == "batch" else shape
+        return np.broadcast_to(rng.beta(mean * size, (1 - mean) * size, drawn), shape)
 
 
 def replayed(run, kept=None):
@@ -397,7 +435,7 @@ def replayed(run, kept=None):
             entry = json.loads(line)
         except ValueError:
             continue  # of a run that was killed
-        if "weight_mean" in entry:
+        if math.isfinite(entry.get("weight_mean", math.nan)):
             found.append((entry["step"], entry["weight_mean"]))
     if not found:
         raise Error(f"--replay {run}: the run has no weights; it had no teacher.")
@@ -429,6 +467,8 @@ class Released(CrossEntropy):
         rng = np.random.default_rng([self.seed, step, MEMORY])
         dropout = np.random.default_rng([self.seed, step, DROPOUT])
         networks = self.state["teacher"], self.state["dln"]
+        if B == 1:  # of a rare length; its loss has nothing to be standardised by
+            return self._alone(z, y, dropout, square, logits.shape)
         dlogits, *learned, values = l2t.released_step(
             *networks, self.state["memory"], z, y, self.cfg, rng, dropout, square
         )
@@ -444,9 +484,28 @@ class Released(CrossEntropy):
         numbers |= {"accuracy": correct(z, y)} | described_weights(w, self.cfg)
         return dlogits.reshape(logits.shape), values["square_gradient"], numbers
 
+    def _alone(self, z, y, dropout, square, shape):
+        """The loss of a single sequence, from which nothing is learned"""
+        F, _ = l2t.features_forward(z, y, self.cfg)
+        w, _ = l2t.dln_forward(self.state["dln"], F, self.cfg, dropout)
+        dlogits, values = l2t.student_step(z, y, w, self.cfg, square)
+        numbers = {
+            "loss": values["ce"],
+            "weighted_loss": values["loss"],
+            "regulariser": values["reg"],
+        }
+        numbers = {name: item(value.mean()) for name, value in numbers.items()}
+        numbers |= {"accuracy": correct(z, y)} | described_weights(w, self.cfg)
+        self.pending = None
+        return dlogits.reshape(shape), values["square_gradient"], numbers
+
     def learn(self, step, total):
         """AdamW of both networks; the batch is in the memory"""
+        if self.pending is None:
+            return
         cfg, (teacher, dln, self.state["memory"]) = self.cfg, self.pending
+        unused = l2t.left_out(cfg, live=cfg.memory_path == "same")
+        dln = {name: g for name, g in dln.items() if name not in unused}
         for name, grads in (("teacher", teacher), ("dln", dln)):
             rate, decay, largest = (
                 getattr(cfg, f"{name}_{what}") for what in ("lr", "weight_decay", "clip")
@@ -455,10 +514,13 @@ class Released(CrossEntropy):
             adamw(*own, rate * factor(cfg, step, total), decay, largest)
 
 
-def train_step(params, moments, batch, step, total, rate, teacher, cfg, recipe, groups, seed):
+def train_step(
+    params, moments, batch, step, number, total, rate, teacher, cfg, recipe, groups, seed
+):
     """One step of the student, in place, and of its teacher.   -> what to log
 
-    rate: factor on the learning rates. Where loss or gradient are not finite nothing is stepped.
+    number: of the optimisers' steps, without those that were skipped;  rate: factor on the learning
+    rates. Where loss or gradient are not finite nothing is stepped, and the batch is in no memory.
     """
     logits, targets, cache = network.predict(
         params, batch, cfg, np.random.default_rng([seed, step])
@@ -483,11 +545,11 @@ def train_step(params, moments, batch, step, total, rate, teacher, cfg, recipe, 
     if recipe.clip:
         grads = optim.clip(grads, norm, recipe.clip)
     doubled = {name: grads.pop(name) for name in twice}
-    optim.adamw_update(params, grads, moments, step, groups, rate)
-    for number in (2 * step - 1, 2 * step) if twice else ():
-        optim.adamw_update(params, doubled, moments, number, groups, rate)
+    optim.adamw_update(params, grads, moments, number, groups, rate)
+    for n in (2 * number - 1, 2 * number) if twice else ():
+        optim.adamw_update(params, doubled, moments, n, groups, rate)
     params |= network.running_statistics(params, cache)
-    teacher.learn(step, total)
+    teacher.learn(number, total)
     return values
 
 

@@ -185,6 +185,17 @@ BAD = {
     "--teacher released --lstm-p 5": "--lstm-p does nothing with --teacher released",
     "--teacher released --lstm-head cell": "--lstm-head does nothing with --teacher released",
     "--teacher nobody": "'nobody'",
+    "--teacher released --batch-size 1": "batch_size=1",
+    "--teacher hypergrad --inner momentum --inner-momentum 1": "inner_momentum=1",
+    "--teacher lstm --dln-lr 0.1": "--dln-lr does nothing",
+    "--teacher hypergrad --lstm-size 4": "--lstm-size does nothing",
+    "--teacher hypergrad --update-scale 4": "--update-scale does nothing",
+    "--teacher hypergrad --dln-optimiser sgd --dln-lr 0.1": "--dln-lr does nothing",
+    "--teacher hypergrad --inner-lr 0.1": "--inner-lr does nothing",
+    "--teacher hypergrad --meta-split valid --meta-share 0.1": "--meta-share does nothing",
+    "--teacher hypergrad --pair-size 4": "--pair-size does nothing",
+    "--teacher lstm --dln pairs --reg-strength 4": "--reg-strength does nothing",
+    "--teacher static --weight-std 0.1": "--weight-std does nothing",
 }
 
 
@@ -255,6 +266,11 @@ def test_a_batch_without_a_finite_loss_is_skipped(call, tmp_path, monkeypatch):
     assert call(start, "--out", tmp_path / "skipped")[0] == 0
     count = np.frombuffer(checkpoint(tmp_path / "skipped")[0]["teacher.memory/at"][2], "int64")
     assert count[0] == 11 * 4 % 9
+    lines = [line for line in metrics(tmp_path / "skipped") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, *range(6, 13)]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    rates = [line["lr"] for line in lines]
+    assert rates[3] * 5 / 4 == pytest.approx(rates[4]), "the schedule does not count it either"
     code, _, err = call(start, "--on-nan stop --out", tmp_path / "stopped")
     assert code == 1 and "at step 5" in err
 
@@ -398,7 +414,7 @@ def test_committed_steps_are_those_of_training():
     recipe = presets.Recipe(clip=0.7)
     params = {name: p.copy() for name, p in params.items()}
     for step, one in enumerate(batches, 1):
-        own = params, moments, one, step, 3, 1 / step, static, cfg, recipe
+        own = params, moments, one, step, step, 3, 1 / step, static, cfg, recipe
         teaching.train_step(*own, made.trained, 3)
     for name, p in params.items():
         assert np.array_equal(theta[name], p), name
@@ -560,11 +576,66 @@ def test_doubled_embedding_is_pytorchs(one_torch_thread):
         for p in theirs.values():
             p.grad *= min(1.0, 0.3 / (norm + 1e-6))
         adamw.step()
-        own = params, moments, one, step, 3, 1.0, teacher, cfg, recipe
+        own = params, moments, one, step, step, 3, 1.0, teacher, cfg, recipe
         values = teaching.train_step(*own, groups, 0)
         assert values["gradient_norm"] == pytest.approx(norm, rel=1e-12)
     for name, p in params.items():
         assert error(p, theirs[name].detach().numpy()) < 1e-12, name
+
+
+def test_the_paper_run_has_its_steps():
+    """Ten epochs of the 929,589 - 64 windows of Penn Treebank, in batches of 128"""
+    given = {"model": "l2t-hyena", "data": "ptb", "preset": "paper"}
+    for more in ({}, {"teacher": "none"}, {"teacher": "hypergrad"}):
+        recipe = presets.Recipe(**presets.make_settings(given | more)["recipe"])
+        assert recipe.steps == 10 * ((929_589 - 64) // 128) == 72_610
+        assert recipe.warmup == 2 * recipe.steps // 10
+    split = data_sets._stream(np.arange(500, dtype="uint8") % 7)
+    splits = dict.fromkeys(("train", "valid", "test"), split)
+    made = data_sets.windowed(data_sets._stream_data("t", splits, "abcdefg", "word", ""), 8)
+    for stride, windows in ((0, 61), (1, 492)):
+        recipe = presets.Recipe(epochs=2.0, batch_size=4, train_stride=stride)
+        assert train.planned_steps(recipe, made) == 2 * (windows // 4)
+
+
+def test_what_no_gradient_reaches_does_not_decay():
+    """As in PyTorch, where it has none"""
+    own = {"gru_size": 3, "dln_size": 4, "teacher_size": 4, "memory_size": 8, "dln_lr": 0.01}
+    for path in ("released", "same"):
+        cfg = teaching.Config(teacher="released", dln_weight_decay=0.5, memory_path=path, **own)
+        teacher, rng = teaching.Released(cfg, 0, 6, "float64"), np.random.default_rng(0)
+        before = {n: p.copy() for n, p in teacher.state["dln"].items()}
+        for step in range(1, 4):
+            z, y = rng.standard_normal((4, 6, 9)), rng.integers(0, 9, (4, 6))
+            teacher.loss(z, y, 4, step)
+            teacher.learn(step, 10)
+        after = teacher.state["dln"].items()
+        same_as_before = {n for n, p in after if np.array_equal(p, before[n])}
+        expected = {"norm_weight", "norm_bias", "W_r", "b_r"} if path == "released" else set()
+        assert same_as_before == expected
+
+
+def test_a_single_sequence_teaches_nothing(call, tmp_path):
+    """A batch of one, which a rare length may leave"""
+    cfg = teaching.Config(teacher="released", gru_size=3, dln_size=4, teacher_size=4)
+    teacher, rng = teaching.Released(cfg, 0, 6, "float64"), np.random.default_rng(0)
+    kept = {n: p.copy() for n, p in teaching.tensors_of(teacher.state).items()}
+    z, y = rng.standard_normal((1, 6, 9)), rng.integers(0, 9, (1, 6))
+    dlogits, _, values = teacher.loss(z, y, 1, 1)
+    teacher.learn(1, 10)
+    assert dlogits.shape == z.shape and values["weight_std"] == 0
+    assert all(np.array_equal(p, kept[n]) for n, p in teaching.tensors_of(teacher.state).items())
+
+
+def test_replayed_weights_on_the_device():
+    cfg = teaching.Config(teacher="static", weights="replay", replay="x")
+    schedule = {"steps": np.array([1.0, 3.0]), "weights": np.array([0.2, 0.4])}
+    teacher = teaching.Static(cfg, 0, schedule)
+    teacher.state = teaching.restored(teacher.state, teaching.tensors_of(teacher.state), strict)
+    rng = np.random.default_rng(0)
+    z, y = rng.standard_normal((2, 3, 5)), rng.integers(0, 5, (2, 3))
+    *_, values = teacher.loss(strict.asarray(z), strict.asarray(y), 2, 2)
+    assert values["weight_mean"] == pytest.approx(0.3)
 
 
 def test_random_weights_have_the_moments():
@@ -641,7 +712,7 @@ def test_on_arrays_of_the_device(plain, name, machine):
             theta, *_ = teacher.round(theta, own, batches, 1, 10, lambda step: 1.0)
         else:
             recipe = presets.Recipe(double_embedding=True)
-            given = batches[0], 1, 10, 1.0, teacher, cfg, recipe
+            given = batches[0], 1, 1, 10, 1.0, teacher, cfg, recipe
             teaching.train_step(theta, own, *given, made.trained, 3)
             theta = {n: m for n, m in own.items() if n.startswith("m.")}
         state = teaching.tensors_of(teacher.state)
