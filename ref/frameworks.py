@@ -42,7 +42,7 @@ def imported(spec):
         sys.path.insert(0, os.getcwd())
     try:
         f = importlib.import_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise Error(f"--callable {spec}: importing it raised {_last_line(e)}.") from e
     for part in name.split("."):
         if not hasattr(f, part):
@@ -118,9 +118,14 @@ def _kind(x):
 
 
 def _last_line(e):
-    """An exception as Python's last line about it, without the full stop"""
-    lines = traceback.format_exception_only(e)
-    return " ".join(lines[-1].split()).rstrip(".") or type(e).__name__
+    """An exception as Python's last line about it, without the full stop, and where it was"""
+    text = " ".join(traceback.format_exception_only(e)[-1].split()).rstrip(".")
+    ours, installed = os.path.dirname(__file__), ("site-packages", "dist-packages", "<frozen")
+    for frame in reversed(traceback.extract_tb(e.__traceback__)):
+        theirs = frame.filename.startswith(ours) or any(n in frame.filename for n in installed)
+        if not theirs and os.path.dirname(os.__file__) not in frame.filename:
+            return f"{text} ({os.path.basename(frame.filename)}, line {frame.lineno})"
+    return text or type(e).__name__
 
 
 # Calling
@@ -193,7 +198,7 @@ class _Call:
         self.send(leaves)
         try:
             result = self(self.arrays)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             if leaves:  # it may not work on tensors that want gradients
                 return self.run(outcome, leaves=False)
             outcome.failed = f"f raised {_last_line(e)}."
@@ -201,6 +206,10 @@ class _Call:
         backward = None
         if isinstance(result, tuple) and len(result) == 2 and callable(result[1]):
             result, backward = result
+        if isinstance(result, tuple) and len(result) == 2:
+            kind = _kind(result[1])
+            outcome.failed = f"f's second result is {kind}; expected a function for the gradients."
+            return None
         if isinstance(result, dict):
             return {str(name): x for name, x in result.items()}, backward
         if isinstance(result, (tuple, list)) or result is None or not self.only:

@@ -290,7 +290,7 @@ def _boundary(claim, r, wrong, labels):
     for forwards in (True, False):
         now, e = (at, error) if forwards else (at[::-1], error[::-1])
         t0 = int(now.argmax())
-        if t0 == 0 or len(now) - t0 < 3 or now[t0:].mean() < 0.8:
+        if t0 == 0 or len(now) - t0 < 3 or not now[-1] or now[t0:].mean() < 0.8:
             continue
         if np.median(e[t0 : t0 + 4]) < 0.1 * np.median(e[t0:]):
             continue

@@ -121,40 +121,49 @@ def operator_init(cfg, rng, dtype="float32"):
 # Sampling the transfer function
 
 
+def nodes_forward(log_dt, L, J):
+    """(4).   log_dt (D,) -> θ' (D, J) float64"""
+    xp = array_module(log_dt)
+    half = xp.arange(J, dtype="float64") * (math.pi / L)
+    s, c, dt = xp.sin(half), xp.cos(half), xp.exp(log_dt.astype("float64"))[:, None]
+    return 2 * xp.arctan2(s, dt * c), (s, c, dt)
+
+
+def nodes_backward(dangle, cache):
+    """dθ' (D, J) -> dlog_dt.   ∂θ'/∂log Δ = -2Δ s c/(s² + Δ² c²), s = sin(θ/2), c = cos(θ/2)"""
+    s, c, dt = cache
+    return (dangle * (-2 * dt * s * c / (s * s + dt * dt * c * c))).sum(axis=1)
+
+
 def sample_forward(h, log_dt, L, J):
     """(1) at the first J of the L nodes (4), in float64 whatever the precision: a rounding of w'
     counts i times in its i-th power.   h (D, n), log_dt (D,) -> g (D, J) complex"""
     if twin := twins("hope", h):
         return twin.sample_forward(h, log_dt, L, J), (h, log_dt, L, J)
     xp = array_module(h)
-    half = xp.arange(J, dtype="float64") * (math.pi / L)
-    dt = xp.exp(log_dt.astype("float64"))[:, None]
-    angle = 2 * xp.arctan2(xp.sin(half), dt * xp.cos(half))
+    angle, nodes = nodes_forward(log_dt, L, J)
     powers = xp.repeat(xp.exp(-1j * angle)[:, :, None], h.shape[1], axis=2)
     powers = xp.cumprod(powers, axis=2)  # w'^-1, w'^-2, ... (D, J, n)
     g = (powers @ h.astype("complex128")[:, :, None])[:, :, 0]
-    return g.astype(backend.complex_dtype(log_dt.dtype)), (h, log_dt, L, J, half, dt, powers)
+    return g.astype(backend.complex_dtype(log_dt.dtype)), (h, log_dt, L, J, nodes, powers)
 
 
 def sample_backward(dg, cache):
     """dg (D, J) -> dh, dlog_dt
 
-    From ∂g/∂θ' = -i Σ (i+1) h_i w'^-(i+1) and ∂θ'/∂log Δ = -2Δ s c/(s² + Δ² c²),
-    s = sin(θ/2), c = cos(θ/2).
+    From ∂g/∂θ' = -i Σ (i+1) h_i w'^-(i+1).
     """
     h, log_dt, L, J, *tables = cache
     if twin := twins("hope", h):
         dh, dlog_dt = twin.sample_backward(dg, h, log_dt, L, J)
     else:
-        half, dt, powers = tables
+        nodes, powers = tables
         xp, dg = array_module(h), dg.astype("complex128")
         dh = (dg[:, None, :] @ powers.conj())[:, 0].astype(backend.complex_dtype(log_dt.dtype))
         i1 = xp.arange(1, h.shape[1] + 1, dtype="float64")
         slope = (powers @ (i1 * h)[:, :, None].astype("complex128"))[:, :, 0]
         dangle = (dg.conj() * slope).imag  # Re(conj(dg) · -i slope)
-        s, c = xp.sin(half), xp.cos(half)
-        dlog_dt = (dangle * (-2 * dt * s * c / (s * s + dt * dt * c * c))).sum(axis=1)
-        dlog_dt = dlog_dt.astype(log_dt.dtype)
+        dlog_dt = nodes_backward(dangle, nodes).astype(log_dt.dtype)
     return dh if h.dtype.kind == "c" else dh.real, dlog_dt
 
 

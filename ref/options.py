@@ -23,9 +23,9 @@ def named(arguments, option):
     return next(reversed(all_named(arguments, option)), None)
 
 
-def described(default, text):
-    """A dataclass's field with the text of its option"""
-    return dataclasses.field(default=default, metadata={"help": text})
+def described(default, text, choices=()):
+    """A dataclass's field with the text of its option, and the values that it may have"""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 def options_of(*configs, without=(), texts=None):
@@ -49,7 +49,9 @@ def _option(field, text):
         text = f"{field.metadata.get('help', text)} {default}".strip()
         return click.Option([f"--{name}/--no-{name}", field.name], default=None, help=text)
     text = f"{field.metadata.get('help', text)} {default}".strip()
-    return click.Option([f"--{name}", field.name], type=field.type, default=None, help=text)
+    choices = field.metadata.get("choices")
+    kind = click.Choice(choices) if choices else field.type
+    return click.Option([f"--{name}", field.name], type=kind, default=None, help=text)
 
 
 def run_command(command, arguments, name):

@@ -340,7 +340,7 @@ def compare(runs, path):
         Line2D([], [], **gray, alpha=0.5, lw=0.9, ls=DASHES, label="training"),
         Line2D([], [], **gray, marker="o", ms=5, ls="", label="least validation loss"),
     ]
-    place = {"loc": "upper left", "bbox_to_anchor": (1.12, 1.02)}
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncol": 3}
     axis.legend(handles=[*lines, *kinds], fontsize="small", frameon=False, **place)
     _save(figure, path)
     return table(groups)

@@ -58,7 +58,11 @@ class Recipe:
         "auto: mean over positions, match for two documents, lm for a target at each; last: "
         "position.",
     )
-    tied: str = described("auto", f"lm: the embedding decodes; yes, no; auto: of {_listed(TIED)}.")
+    tied: str = described(
+        "auto",
+        f"lm: the embedding decodes; yes, no; auto: of {_listed(TIED)}.",
+        ("auto", "yes", "no"),
+    )
     batch_size: int = described(32, "Samples a step.")
     steps: int = described(0, "Optimiser steps; 0: --epochs decides.")
     epochs: float = described(0.0, "Passes over the training data; 0: --minutes decides.")
@@ -77,6 +81,7 @@ class Recipe:
         "stream",
         "Of language models. stream: contiguous windows, each token once; sliding: windows at "
         "stride 1; last: of those only the last position, each token once after a whole window.",
+        ("stream", "sliding", "last"),
     )
     train_stride: int = described(
         0,
@@ -93,12 +98,15 @@ class Recipe:
         False, "AdamW steps a tied embedding twice, as the L2T-Hyena code does."
     )
     select: str = described(
-        "last", "The network that is tested: last, or best by the validation loss."
+        "last",
+        "The network that is tested: last, or best by the validation loss.",
+        ("last", "best"),
     )
     on_nan: str = described(
         "stop",
         "A loss that is not finite: stop, or skip that batch, as the L2T-Hyena code does (it is "
         "then in no memory, either).",
+        ("stop", "skip"),
     )
     log_every: int = described(10, "Steps between lines of metrics.jsonl.")
     save_every: int = described(0, "Steps between checkpoints; 0: every 30 seconds.")

@@ -61,8 +61,10 @@ QUIRKS = {  # of the published code: setting -> its value there, and one without
 class Config(l2t.Config):
     """Mode and settings of a teacher; those of ref.l2t are the networks' and the losses'."""
 
-    teacher: str = described("none", "Where the loss comes from.")
-    weights: str = described("constant", "static: constant, random (beta) or replay.")
+    teacher: str = described("none", "Where the loss comes from.", TEACHERS)
+    weights: str = described(
+        "constant", "static: constant, random (beta) or replay.", ("constant", "random", "replay")
+    )
     static_weight: float = described(0.5, "static: the weight of the regulariser, or its mean.")
     weight_std: float = described(0.1, "static, random: deviation of the weights.")
     replay: str = described("", "static, replay: the run whose mean weights are taken again.")
@@ -72,37 +74,45 @@ class Config(l2t.Config):
     teacher_lr: float = described(2e-6, "AdamW of the teacher.")
     teacher_weight_decay: float = described(0.01, "Of the teacher.")
     teacher_clip: float = described(0.1, "Largest norm of its gradient; 0: no clipping.")
-    teaching_schedule: str = described("cosine", "Of both rates: cosine to 0, or constant.")
+    teaching_schedule: str = described(
+        "cosine", "Of both rates: cosine to 0, or constant.", ("cosine", "constant")
+    )
     dln: str = described(
         "weights",
         "hypergrad, lstm: weights, ref.l2t's loss network; pairs: L2T-DLN's, by pairs of classes; "
         "lstm on samples: pairs.",
+        ("weights", "pairs"),
     )
     inner_steps: int = described(1, "hypergrad, lstm: K, the student's steps in a round.")
     inner: str = described(
         "adamw",
         "hypergrad, lstm: what is differentiated through; adamw: the student's own steps; "
         "adamw-frozen, momentum, sgd: in their place.",
+        hvp.KINDS,
     )
     inner_lr: float = described(0.0, "Of sgd and momentum; 0: --lr.")
     inner_momentum: float = described(0.9, "Of momentum.")
     commit: str = described(
         "second",
         "Which steps the student keeps: first, or second, those with the new loss network.",
+        ("first", "second"),
     )
     meta_split: str = described(
         "tail",
         "Held-out data of hypergrad and lstm; tail: a part of train that the student does not "
         "see; train: it sees them, too; valid: it is selected by them, too.",
+        ("tail", "train", "valid"),
     )
     meta_share: float = described(0.05, "tail: that part.")
     meta_batch_size: int = described(0, "Samples of the held-out loss; 0: --batch-size.")
     hvp: str = described(
-        "auto", "Second derivatives: exact, differences, or auto: exact where there are such."
+        "auto",
+        "Second derivatives: exact, differences, or auto: exact where there are such.",
+        ("auto", "exact", "differences"),
     )
     hvp_step: float = described(0.0, "Of differences, relative; 0: by the precision.")
     detach: bool = described(True, "The features are constants to the student.")
-    dln_optimiser: str = described("adam", "hypergrad: adam or sgd.")
+    dln_optimiser: str = described("adam", "hypergrad: adam or sgd.", ("adam", "sgd"))
     lstm_size: int = described(
         64, "lstm: width of every cell but the last; with --lstm-head linear of every cell."
     )
@@ -111,7 +121,9 @@ class Config(l2t.Config):
         10.0, "lstm: p of the gradients that it is given, log|G| / p and the sign from e^-p on."
     )
     lstm_head: str = described(
-        "cell", "lstm: its output; cell: of a last cell of width 1; linear: a map of the last's."
+        "cell",
+        "lstm: its output; cell: of a last cell of width 1; linear: a map of the last's.",
+        l2t_unrolled.HEADS,
     )
     update_scale: float = described(1e-3, "lstm: factor on the updates; hypergrad, sgd: the rate.")
     teacher_every: int = described(1, "lstm: M, updates of the loss network for one of the LSTM.")
@@ -458,6 +470,8 @@ class Released(CrossEntropy):
     def __str__(self):
         sizes = [sum(p.size for p in self.state[name].values()) for name in ("dln", "teacher")]
         text = "released: loss network of {:,} and teacher of {:,} parameters".format(*sizes)
+        if self.cfg.huber_reg == 0:
+            text = f"released: loss network of {sizes[0]:,} parameters, reached by no teacher"
         text += f", features {self.cfg.features}, memory path {self.cfg.memory_path}"
         return f"{text}, memory of {self.cfg.memory_size:,} sequences"
 

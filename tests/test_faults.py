@@ -21,66 +21,67 @@ NOTHING = 1e-11  # an effect in float64 that is rounding: the plant has changed 
 
 # In float32 a fault below the tolerance is one of these: at rms 1 the simple norm's 1e-8 against
 # 1e-12 is a part in 1e8, a tenth of what float32 can hold. (On a sample of its size it is found.)
-BELOW_FLOAT32 = {(f"tnn {part}", "SIMPLE_EPS 1e-12") for part in faults.LAYERED}
+BELOW_FLOAT32 = {(f"tnn {part}", "SIMPLE_EPS 1e-12") for part in faults.LAYERED} | {
+    ("tnn mixer", "SIMPLE_EPS 1e-06")  # at rms 1 2e-6 of one gradient, allowed 1.1e-6
+}
 
 # In bfloat16, allowed 0.02 to 0.1 and more for what cancels, they are: one per cent anywhere; an
 # epsilon at rms 1 (5e-6 of it); and what has a small part in a tensor, such as a factor in one
 # branch of a residual block or in one term of a gradient. So many of a part's at most:
 BELOW_BFLOAT16 = {
-    "hope operator": 8,  # of 65
-    "hope mixer": 15,  # of 82
-    "hope block": 20,  # of 97
-    "hope network": 18,  # of 100
-    "s4 operator": 19,  # of 97
-    "s4 mixer": 20,  # of 105
-    "s4 block": 34,  # of 129
-    "s4 network": 25,  # of 124
+    "hope operator": 10,  # of 69
+    "hope mixer": 20,  # of 86
+    "hope block": 27,  # of 100
+    "hope network": 18,  # of 103
+    "s4 operator": 19,  # of 98
+    "s4 mixer": 19,  # of 105
+    "s4 block": 33,  # of 129
+    "s4 network": 24,  # of 124
     "s4 init": 3,  # of 25
-    "s4d operator": 13,  # of 91
-    "s4d mixer": 16,  # of 100
-    "s4d block": 22,  # of 126
-    "s4d network": 21,  # of 118
-    "hyena operator": 20,  # of 95
+    "s4d operator": 16,  # of 92
+    "s4d mixer": 17,  # of 100
+    "s4d block": 30,  # of 126
+    "s4d network": 23,  # of 118
+    "hyena operator": 26,  # of 95
     "hyena mixer": 15,  # of 112
-    "hyena block": 21,  # of 127
-    "hyena network": 28,  # of 122
-    "l2t-student operator": 14,  # of 83
+    "hyena block": 25,  # of 127
+    "hyena network": 30,  # of 122
+    "l2t-student operator": 15,  # of 84
     "l2t-student mixer": 15,  # of 110
-    "l2t-student block": 14,  # of 105
-    "l2t-student network": 17,  # of 107
+    "l2t-student block": 15,  # of 105
+    "l2t-student network": 21,  # of 107
     "longhorn scan": 9,  # of 85
     "longhorn operator": 8,  # of 79
-    "longhorn mixer": 14,  # of 116
-    "longhorn block": 21,  # of 109
-    "longhorn network": 19,  # of 100
+    "longhorn mixer": 18,  # of 116
+    "longhorn block": 22,  # of 109
+    "longhorn network": 21,  # of 100
     "mamba scan": 10,  # of 95
-    "mamba operator": 9,  # of 75
-    "mamba mixer": 15,  # of 113
-    "mamba block": 25,  # of 121
-    "mamba network": 21,  # of 105
-    "tnn operator": 17,  # of 105
-    "tnn mixer": 20,  # of 116
-    "tnn block": 18,  # of 125
+    "mamba operator": 13,  # of 75
+    "mamba mixer": 16,  # of 113
+    "mamba block": 28,  # of 121
+    "mamba network": 22,  # of 105
+    "tnn operator": 16,  # of 105
+    "tnn mixer": 27,  # of 116
+    "tnn block": 19,  # of 125
     "tnn network": 31,  # of 108
-    "transformer operator": 9,  # of 65
-    "transformer mixer": 8,  # of 55
-    "transformer block": 16,  # of 89
-    "transformer network": 21,  # of 77
+    "transformer operator": 10,  # of 65
+    "transformer mixer": 9,  # of 55
+    "transformer block": 18,  # of 89
+    "transformer network": 30,  # of 77
     "etsc solve": 2,  # of 18
-    "l2t features": 1,  # of 16
+    "l2t features": 5,  # of 16
     "l2t dln": 13,  # of 72
-    "l2t teacher": 37,  # of 89
-    "l2t student-loss": 31,  # of 122
-    "l2t unrolled": 25,  # of 105
+    "l2t teacher": 38,  # of 89
+    "l2t student-loss": 35,  # of 122
+    "l2t unrolled": 21,  # of 105
 }
 BLIND_BFLOAT16 = {
-    "s4 operator": 1,
-    "s4 mixer": 1,
-    "tnn mixer": 3,
-    "tnn block": 3,
-    "tnn network": 6,
-    "l2t teacher": 8,
-    "l2t unrolled": 1,
+    "hope network": 1,
+    "mamba network": 1,
+    "tnn mixer": 4,
+    "tnn network": 7,
+    "l2t teacher": 10,
+    "hope mixer": 1,
 }
 
 
@@ -247,15 +248,13 @@ def ours(p, sources=None, steps=True):
 
 @pytest.mark.parametrize("model, part", PARTS, ids=IDS)
 def test_our_twins_in_float32_are_not_accused(model, part):
-    """As the reference's own run in float32, which is one of its draws"""
     p = correct(model, part, 0)
     agrees(p, "float32", ours(p))
 
 
 @pytest.mark.parametrize("model, part", PARTS, ids=IDS)
 def test_our_readable_forms_in_float32_are_not_accused(model, part, plain):
-    """Unlike that, where there are twins"""
-    p = correct(model, part, 2 if part == "teacher" else 1)  # see OURS_ACCUSED
+    p = correct(model, part, 1)
     agrees(p, "float32", plain(ours, p))
 
 
@@ -542,50 +541,60 @@ def test_torch_is_not_accused(twins, at, precision, shape):
         agrees(p, precision, by_torch(twins, p, f, dtype))
 
 
+# Where float32 costs most: differences of what is nearly equal, inside of one pair
+
+
+SEEDS = range(10, 22)
 FEW, MORE = {"B": 3, "L": 9, "d_model": 4, "d_state": 6}, {"B": 2, "L": 130, "d_state": 32}
-ACCUSED = {  # forms that lose digits inside of one pair, whose rounding no perturbation measures
-    "hope: the table by exp(-iθ'k), θ' of complex64: dH, dlog_dt 5 times what is allowed": (
-        ("hope", "mixer", {"B": 2, "L": 64, "d_model": 8, "d_state": 16, "seed": 12}),
-        hope(hope_published),
-    ),
-    "s4d: ∂/∂A of expm1(z)/A, a difference of two large terms: dlog_A_real 5 times": (
-        ("s4d", "mixer", FEW | {"seed": 13}),
+CANCELLING = {  # what cancels: the form
+    "s4d: ∂/∂A of expm1(z)/A": (
+        ("s4d", "mixer", FEW),
         mixer("s4d_mixer", form="published"),
     ),
-    "s4: no phase of a complex number is perturbed: d inv_dt 1.5 times": (
-        ("s4", "mixer", MORE | {"l_max": 130, "d_model": 4, "seed": 10}),
+    "s4: the phases of what nearly vanishes at a resonance": (
+        ("s4", "mixer", MORE | {"l_max": 130, "d_model": 4}),
         mixer("s4_mixer", form="materialised"),
     ),
 }
-
-
-OURS_ACCUSED = {  # our own readable forms
-    "sigmoid(x) by tanh(x/2): 4e-6 of it at x = -5: d dt_bias 2.5 times": (
-        ("mamba", "network", {"seed": 20})
-    ),
-    "the positions' moments are no pair's results: features 1.3 times": (
-        ("l2t", "features", {"seed": 23})
-    ),
-    "what a pair does inside with its arguments: d bias 1.05 times": (
-        ("l2t", "teacher", {"L": 17, "seed": 3})
-    ),
+OWN_CANCELLING = {
+    "mamba: softplus(x) at x = -5": ("mamba", "network", {}),
+    "l2t: deviations over the classes and over time": ("l2t", "features", {}),
+    "l2t: deviations from the mean over a batch": ("l2t", "teacher", {"L": 17}),
+    "s4d: sums of equal numbers, one by one": ("s4d", "network", {"L": 17}),
+    "hyena: what a norm projects out of a gradient": ("hyena", "network", {"L": 24, "l_max": 24}),
 }
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="known: verify accuses what float32 costs them")
-@pytest.mark.parametrize("why", ACCUSED, ids=range(len(ACCUSED)))
-def test_forms_that_lose_digits(twins, why):
-    (model, part, settings), f = ACCUSED[why]
-    p = problem(model, part, **settings)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("why", CANCELLING)
+def test_forms_that_cancel_are_not_accused(twins, why, seed):
+    (model, part, settings), f = CANCELLING[why]
+    p = problem(model, part, **settings, seed=seed)
     agrees(p, "float32", by_torch(twins, p, f, twins.torch.float32))
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="known: verify accuses what float32 costs them")
-@pytest.mark.parametrize("why", OURS_ACCUSED, ids=range(len(OURS_ACCUSED)))
-def test_our_forms_that_lose_digits(why, plain):
-    model, part, settings = OURS_ACCUSED[why]
-    p = problem(model, part, **settings)
+@pytest.mark.parametrize("seed", [*SEEDS, 23])
+@pytest.mark.parametrize("why", OWN_CANCELLING)
+def test_our_forms_that_cancel_are_not_accused(why, seed, plain):
+    model, part, settings = OWN_CANCELLING[why]
+    p = problem(model, part, **settings, seed=seed)
+    agrees(p, "float32", ours(p))
     agrees(p, "float32", plain(ours, p))
+
+
+def test_a_form_that_loses_digits_is_accused(twins):
+    """HOPE's nodes by (2) in complex64, as published: every node off by float32's ulp of 1, where
+    (4) keeps θ' itself to an ulp, cost d log_dt 1.4 to 17 times what float32 has to"""
+    cost = []
+    for seed in SEEDS:
+        p = problem("hope", "mixer", B=2, L=64, d_model=8, d_state=16, seed=seed)
+        claims = by_torch(twins, p, hope(hope_published), twins.torch.float32)
+        found = rows(p, "float32", claims)
+        assert {name for name, row in found.items() if not row.ok} <= {"grad.param.kernel.log_dt"}
+        row = found["grad.param.kernel.log_dt"]
+        cost.append(row.error / row.unavoidable)
+    print("published over rounding alone:", [round(c, 1) for c in cost])
+    assert 4 < max(cost) < 40
 
 
 @pytest.mark.parametrize("shape", range(3))

@@ -150,7 +150,12 @@ def test_cpp_reads_every_tensor_and_writes_one(program, tmp_path, ref):
 
     for name, t in case.tensors.items():
         assert run(name) == t.ravel().tolist(), name
-    assert run("out") == run("none") == run("out.") == []
+    for name in ("out", "none", "out."):
+        with pytest.raises(subprocess.CalledProcessError):
+            run(name)
+    cases.write_case(tmp_path / "d", cases.make_case("mamba", "mixer", {"d_model": 3}))
+    with pytest.raises(subprocess.CalledProcessError):  # float64
+        subprocess.run([program, tmp_path / "d", "out.y"], capture_output=True, check=True)
     run("out.y", "0")
     assert path.read_bytes() == before
     ref("verify", path)

@@ -181,7 +181,7 @@ BAD = {
     "--teacher lstm --lstm-p 0": "lstm_p=0.0: expected more than 0 and at most 40",
     "--teacher lstm --lstm-p -2": "lstm_p=-2.0: expected more than 0",
     "--teacher lstm --lstm-p 41": "lstm_p=41.0: expected more than 0",
-    "--teacher lstm --lstm-head last": "lstm_head='last' is not known; expected one of: cell, lin",
+    "--teacher lstm --lstm-head last": "'last' is not one of 'cell', 'linear'",
     "--teacher released --lstm-p 5": "--lstm-p does nothing with --teacher released",
     "--teacher released --lstm-head cell": "--lstm-head does nothing with --teacher released",
     "--teacher nobody": "'nobody'",
