@@ -194,7 +194,9 @@ def _verify_callable(spec, given, quiet, show):
         raise click.UsageError("--sweep has its own batch sizes and lengths.")
     f = imported(spec)
     if sweep:
-        report = verify.over_shapes(f, settings=given, label=spec, show=show, **own)
+        from ref.sweep import over_shapes
+
+        report = over_shapes(f, settings=given, label=spec, show=show, **own)
         show(report.closing(quiet))
     else:
         report = verify.verify_callable(f, settings=given, label=spec, **own)

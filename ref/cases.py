@@ -37,14 +37,18 @@ ALIASES = {  # a case's model -> whose module computes it, with which settings u
 }
 # Models that are no layers: modules that say themselves what a case is
 OWN = {"etsc": "ref.etsc", "l2t": "ref.l2t_cases"}
-OF_VERIFY = {n: n for n in ("Report", "Row", "compute", "verify", "verify_callable")}
-OF_VERIFY["sweep"] = "over_shapes"  # names that are found here too
+ELSEWHERE = {n: f"ref.verify.{n}" for n in ("Report", "Row", "verify", "verify_callable")}
+ELSEWHERE |= {
+    "compute": "ref.recompute.compute",
+    "sweep": "ref.sweep.over_shapes",
+}  # ... found here
 
 
 def __getattr__(name):
-    """ref.verify's names, which itself needs this module"""
-    if name in OF_VERIFY:
-        return getattr(importlib.import_module("ref.verify"), OF_VERIFY[name])
+    """Names of the modules that say what agrees, which themselves need this one"""
+    if name in ELSEWHERE:
+        module, _, own = ELSEWHERE[name].rpartition(".")
+        return getattr(importlib.import_module(module), own)
     raise AttributeError(f"module 'ref.cases' has no attribute {name!r}")
 
 

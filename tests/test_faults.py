@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from faults import PARTS, put
 
-from ref import backend, cases, nn, selective, verify
+from ref import backend, cases, nn, rounding, selective, verify
 
 IDS = [" ".join(at) for at in PARTS]
 NOTHING = 1e-11  # an effect in float64 that is rounding: the plant has changed nothing
@@ -93,7 +93,7 @@ def problem(model, part, small=False, **settings):
 @functools.cache
 def judge(problem, precision):
     """The reference of the problem, with what this precision may cost"""
-    return verify._Reference.of(problem.at(precision, {}), "out.y_steps" in problem.reference)
+    return verify.Reference.of(problem.at(precision, {}), "out.y_steps" in problem.reference)
 
 
 def effects(problem, results):
@@ -175,13 +175,13 @@ def test_faults_are_found_in_arithmetic_that_rounds(model, part):
             continue
         assert fault.name == in_low.name == in_loose.name
         effect = effects(p, fault.results())
-        for precision, rounding, f in (
+        for precision, context, f in (
             ("float32", contextlib.nullcontext(), in_low),
             ("bfloat16", perturbed("bfloat16", module), in_loose),
         ):
             allowed = allowances(p, precision)
             seen = {n for n, e in effect.items() if e > 2 * allowed[n]}
-            with rounding:
+            with context:
                 found = rows(p, precision, f.results()) if seen else {}
             assert not [n for n in seen if found[n].ok], (fault.name, precision)
 
@@ -192,11 +192,14 @@ def in_float32(sources):
 
 def off(sources, precision):
     rng = np.random.default_rng(0)
-    return {n: verify._perturb(t, 0.5 * verify._ulp(precision), rng) for n, t in sources.items()}
+    return {
+        n: rounding.perturbed_array(t, 0.5 * rounding.ulp(precision), rng)
+        for n, t in sources.items()
+    }
 
 
 def perturbed(precision, module):
-    return verify.perturbed(0.5 * verify._ulp(precision), np.random.default_rng(1), module)
+    return rounding.perturbed(0.5 * rounding.ulp(precision), np.random.default_rng(1), module)
 
 
 def test_where_bfloat16_says_nothing():

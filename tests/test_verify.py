@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ref import Error, cases, frameworks, hints, longhorn, mamba, network, verify
+from ref import Error, cases, frameworks, hints, longhorn, mamba, network, sweep, verify
 from ref.cases import verify_callable
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def by_reference(part, change=None, forward=False):
 
 def drawn(model, part, **changes):
     """-> the Part, and how to call verify_callable for it"""
-    settings = verify._settings(model, part, None, None, None)
+    settings = verify.case_settings(model, part, None, None, None)
     own = {"B": 2, "L": 13} | changes
     state = own.get("initial_state", False)
     given = model, part, settings, own["B"], own["L"], "float32", 0, state
@@ -553,7 +553,7 @@ def test_a_sweep_names_the_smallest_failing_shape():
     found = cases.sweep(f, "longhorn", "scan", show=lines.append)
     assert len(lines) == len(found.reports) == 24 and not found.skipped
     shapes = [r.sizes for r in found.reports]
-    assert {s["L"] for s in shapes} == set(verify.LENGTHS) and {s["B"] for s in shapes} == {1, 2, 3}
+    assert {s["L"] for s in shapes} == set(sweep.LENGTHS) and {s["B"] for s in shapes} == {1, 2, 3}
     for letter in "DN":
         assert {s[letter] % 2 for s in shapes} == {0, 1}
     failing = [s for s in shapes if s["L"] >= 64 and s["D"] % 2]
@@ -569,7 +569,7 @@ def test_a_sweep_names_the_smallest_failing_shape():
 
 
 def test_a_sweep_takes_the_shapes_that_a_model_has(monkeypatch):
-    monkeypatch.setattr(verify, "LENGTHS", (1, 2, 7))
+    monkeypatch.setattr(sweep, "LENGTHS", (1, 2, 7))
     for model, part in (("s4", "operator"), ("transformer", "block"), ("etsc", "solve")):
 
         def f(*args, model=model, part=part, **inputs):
