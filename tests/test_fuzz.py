@@ -20,9 +20,6 @@ from ref.__main__ import main
 from ref.options import run_command
 
 ROOT = Path(__file__).parents[1]
-CHECKED_HEAD = pytest.mark.skipif(
-    not hasattr(cases, "HEAD"), reason="cases.read_case does not check what the metadata hold yet"
-)
 CASE = cases.make_case(
     "hope", "operator", {"d_model": 2, "d_state": 4, "conv": "causal"}, B=1, L=5, seed=1
 )
@@ -147,7 +144,6 @@ def test_lengths_of_the_header(length, whole, path, refused):
     assert "not a whole safetensors file" in refused(path, struct.pack("<Q", length) + whole[8:])
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e308])
 def test_numbers_beyond_measure(value, path, verify):
     for name in CASE.tensors:
@@ -179,7 +175,6 @@ def test_other_types_of_the_same_size(number, header, data, path, refused):
     refused(path, packed(changed(header, "in.x", dtype=number), data))
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize("name", ["param.log_dt", "dout.y", "out.y", "grad.in.x"])
 def test_a_complex_tensor_is_none_of_the_format(name, header, data, path, refused):
     sentence = refused(path, packed(changed(header, name, dtype="C64"), data))
@@ -268,7 +263,6 @@ def test_headers_of_spaces(path, refused):
     refused(path, packed(b"{}" + b" " * (files.LARGEST_HEADER - 2)))
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize("name", ["in.\n\x1b[31m", "in." + "x" * 10**6, "w" * 10**6, "", "out.\r"])
 def test_names(name, header, data, path, verify):
     own = {"dtype": "F64", "shape": [0, 3], "data_offsets": [len(data), len(data)]}
@@ -276,7 +270,6 @@ def test_names(name, header, data, path, verify):
     assert verify(path)[0] == 1
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize("prefix", ["in.", "param.", "dout.", "out.", "grad.param.", "w"])
 def test_a_hundred_thousand_tensors(prefix, path, header, data, verify):
     n = 100_000 if prefix in ("param.", "out.") else 1000  # the others take the same way
@@ -313,7 +306,6 @@ NO_CASES = [
 NO_CASES += ['{"format":' * 5000, '{"format": ' + "1" * 5000 + "}"]
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize("text", NO_CASES, ids=lambda text: ascii(text[:20]))
 def test_case_that_is_no_case(text, header, data, path, refused):
     assert "is no case file" in refused(path, packed(with_case(header, text), data))
@@ -340,7 +332,6 @@ VALUES = [
 VALUES += [float("nan"), {"d_model": [1]}, {"d_model": None}, {"x" * 10**6: 1}, "l2t"]
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: ascii(value)[:20])
 def test_fields_of_another_kind(value, header, data, path, refused, verify):
     for field in ("format", "model", "part", "precision", "config"):
@@ -355,7 +346,6 @@ def test_fields_of_another_kind(value, header, data, path, refused, verify):
     assert verify(path)[0] == int(bool(value) and not allowed)
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize(
     "allowed", ["x", None, [], {}, -1, float("nan"), float("inf"), 10**400], ids=str
 )
@@ -369,7 +359,6 @@ def test_tolerances(allowed, header, data, path, refused):
 SIZES = [HUGE, 2**63, 10**400, -1, 0, 1.5, float("nan"), None, []]
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize(
     "model", ["hope", "s4", "hyena", "longhorn", "mamba", "tnn", "l2t-student"]
 )
@@ -385,7 +374,6 @@ def test_settings_beyond_measure(model, path, verify):
             assert code == 0 or out.count("\n") == 2 or "tensors agree" in out
 
 
-@CHECKED_HEAD
 @pytest.mark.parametrize(
     "model, part, name",
     [("hope", "network", n) for n in ("n_layers", "d_output", "positions", "embedding_std")]
@@ -399,7 +387,6 @@ def test_settings_of_other_parts(model, part, name, path, verify):
         verify(path)
 
 
-@CHECKED_HEAD
 def test_a_part_of_another_model(path, verify):
     for model in ("mamba", "s4d", "etsc", "l2t", "transformer", "mumba"):
         cases.write_case(path, dataclasses.replace(CASE, model=model))
