@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ref import bench, hyena, network, optim, presets, rounds, teaching
+from ref import bench, hyena, l2t, network, optim, presets, rounds, teaching
 
 SIZES = {"V": 10_000, "B": 16, "L": 64, "D": 64}
 SMALL = {"V": 50, "B": 2, "L": 8, "D": 4}
 RELEASED = {"teacher": "released"}
-CORRECTED = {"teacher": "released", "features": "corrected", "memory_path": "same"}
+CORRECTED = RELEASED | l2t.CORRECTED
 HYPERGRAD = teaching.SMALL | {"teacher": "hypergrad"}
 LSTM = teaching.SMALL | {"teacher": "lstm"}
 MODES = {

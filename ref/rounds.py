@@ -373,14 +373,14 @@ class _Walk:
         return grads
 
     def _line(self, grads, loss, z, y, parts, w):
-        line = {"weighted_loss": item(loss), "accuracy": teaching.correct(z, y)}
-        line["gradient_norm"] = optim.gradient_norm(grads)
+        line = {"gradient_norm": optim.gradient_norm(grads)}
         if w is None:
+            line |= {"weighted_loss": item(loss), "accuracy": teaching.correct(z, y)}
             ce, _ = nn.softmax_cross_entropy_forward(z, y, consume_logits=True)
             return line | {"loss": item(ce)}
         ce, reg = parts
-        line |= {"loss": item(ce.mean()), "regulariser": item(reg.mean())}
-        return line | teaching.described_weights(w, self.of.cfg)
+        values = {"loss": loss, "ce": ce, "reg": reg, "live_weight": w}
+        return line | teaching.mixture_numbers(z, y, values, self.of.cfg)
 
 
 def _rows(z, y):

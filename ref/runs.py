@@ -146,7 +146,9 @@ class Log:
             self.write(step=step, loss=loss, accuracy=accuracy, **entry)
 
     def running(self):
-        """Mean loss and accuracy of the last steps"""
+        """Mean loss and accuracy of the last steps; not numbers where there are none"""
+        if not self.recent:
+            return math.nan, math.nan
         return np.mean(self.recent[-50:], axis=0)
 
 

@@ -343,6 +343,17 @@ def correct(logits, targets):
     return item((logits.argmax(axis=-1) == targets).mean())
 
 
+def mixture_numbers(z, y, values, cfg):
+    """What to log of a mixed loss; values as of l2t.student_step"""
+    numbers = {
+        "loss": values["ce"].mean(),
+        "weighted_loss": values["loss"],
+        "regulariser": values["reg"].mean(),
+    }
+    numbers = {name: item(value) for name, value in numbers.items()}
+    return numbers | {"accuracy": correct(z, y)} | described_weights(values["live_weight"], cfg)
+
+
 def factor(cfg, step, total):
     """On the rates of teacher and loss network at `step` (from 1)"""
     if cfg.teaching_schedule == "constant":
@@ -410,11 +421,9 @@ class Static(CrossEntropy):
         """As CrossEntropy"""
         z, y = by_sequence(logits, targets, B)
         w = backend.to_device(self._weights(y, step).astype(z.dtype.name), array_module(z))
-        loss, (ce, reg), cache = l2t.student_loss_forward(z, y, w, self.cfg, square)
-        dlogits, _, dsquare = l2t.student_loss_backward(1.0, cache)
-        values = {"loss": item(ce.mean()), "accuracy": correct(z, y), "weighted_loss": item(loss)}
-        values |= {"regulariser": item(reg.mean())} | described_weights(w, self.cfg)
-        return dlogits.reshape(logits.shape), dsquare, values
+        dlogits, values = l2t.student_step(z, y, w, self.cfg, square)
+        numbers = mixture_numbers(z, y, values, self.cfg)
+        return dlogits.reshape(logits.shape), values["square_gradient"], numbers
 
     def _weights(self, y, step):
         """On the host, (B,) or (B, S)"""
@@ -487,15 +496,11 @@ class Released(CrossEntropy):
             *networks, self.state["memory"], z, y, self.cfg, rng, dropout, square
         )
         self.pending = learned
-        w, target = values["live_weight"], values["target"]
-        missed = values["prediction"] - target
+        target, missed = values["target"], values["prediction"] - values["target"]
         spread = item((target * target).sum())
-        numbers = {"loss": values["ce"].mean(), "weighted_loss": values["loss"]}
-        numbers |= {"regulariser": values["reg"].mean()}
-        numbers |= {name: values[name] for name in ("teacher_loss", "dln_loss")}
-        numbers = {name: item(value) for name, value in numbers.items()}
+        numbers = mixture_numbers(z, y, values, self.cfg)
+        numbers |= {name: item(values[name]) for name in ("teacher_loss", "dln_loss")}
         numbers["teacher_r2"] = 1 - item((missed * missed).sum()) / spread if spread else 0.0
-        numbers |= {"accuracy": correct(z, y)} | described_weights(w, self.cfg)
         return dlogits.reshape(logits.shape), values["square_gradient"], numbers
 
     def _alone(self, z, y, dropout, square, shape):
@@ -503,14 +508,7 @@ class Released(CrossEntropy):
         F, _ = l2t.features_forward(z, y, self.cfg)
         w, _ = l2t.dln_forward(self.state["dln"], F, self.cfg, dropout)
         dlogits, values = l2t.student_step(z, y, w, self.cfg, square)
-        numbers = {
-            "loss": values["ce"],
-            "weighted_loss": values["loss"],
-            "regulariser": values["reg"],
-        }
-        numbers = {name: item(value.mean()) for name, value in numbers.items()}
-        numbers |= {"accuracy": correct(z, y)} | described_weights(w, self.cfg)
-        self.pending = None
+        numbers, self.pending = mixture_numbers(z, y, values, self.cfg), None
         return dlogits.reshape(shape), values["square_gradient"], numbers
 
     def learn(self, step, total):

@@ -25,6 +25,7 @@ def test_every_recipe_is_one():
     small, paper = RECIPES["small"], RECIPES["paper"]
     assert small["model"].keys() == paper.keys() <= set(network.NAMES)
     assert small["data"].keys() == set(data_sets.NAMES)
+    assert set(presets.STREAMS) == set(data_sets.STREAMS)
     teacher = {f.name for f in fields(teaching.Config)}
     for model in network.NAMES:
         known = run | teacher | {f.name for f in fields(network.model_module(model).Config)}
